@@ -1,0 +1,220 @@
+"""Chapters into modules and back: `python tools/export.py COMMAND [CHAPTER ...]`.
+
+A chapter is a pair, book/NN_name.md (what people edit) and book/NN_name.ipynb (the same
+cells with their outputs). Its cells tagged `export` form llama2_lite/name.py.
+"""
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from modules import export, is_export_of, is_text, module_source, pull
+from nbformat import NotebookNode
+from notebooks import (
+    Chapter,
+    Problem,
+    code_cells,
+    diff,
+    digest,
+    find_chapters,
+    load,
+    parse,
+    render,
+    run,
+    stale,
+    sync,
+)
+
+MAX_CELL_LINES = 24
+MAX_BOOK_BYTES = 10_000_000
+
+
+# Whether everything agrees
+
+
+def check(chapter: Chapter) -> list[str]:
+    """What of a chapter disagrees: the pair, the module, the outputs, the limits."""
+    md, ipynb = f"book/{chapter.stem}.md", f"book/{chapter.stem}.ipynb"
+    for path in (chapter.text, chapter.notebook):
+        if not path.exists():
+            return [f"book/{path.name} is missing; `make sync` makes it"]
+    text, notebook = chapter.text.read_text(encoding="utf-8"), load(chapter)
+    problems = []
+    if text != render(notebook):
+        changes = diff(render(notebook), text, ipynb, md)
+        problems.append(f"{md} and {ipynb} are out of step; `make sync`\n{changes}")
+    elif notebook.metadata.get("text_hash") != digest(text):
+        problems.append(f"{ipynb} does not say which text it belongs to; `make sync`")
+
+    source = module_source(chapter, parse(text))
+    module = str(chapter.module.relative_to(chapter.root))
+    actual = chapter.module.read_text("utf-8") if chapter.module.exists() else ""
+    if source is None and is_export_of(chapter):
+        problems.append(f"{module} stems from {md}, which exports nothing now")
+    elif source is not None and source != actual:
+        problems.append(
+            f"{module} and {md} are out of step; `make export` if the chapter is "
+            f"right, `make pull` if the module is\n{diff(source, actual, md, module)}"
+        )
+    problems += stale(chapter, notebook)
+    for cell in code_cells(parse(text)):
+        problems += [f"{md}: the cell {problem}" for problem in bad_cell(cell)]
+    return problems
+
+
+def bad_cell(cell: NotebookNode) -> list[str]:
+    problems = []
+    first = cell.source.strip().partition("\n")[0]
+    tags = cell.metadata.get("tags", [])
+    lines = cell.source.splitlines()
+    length = len(lines) - docstring_lines(cell.source)
+    if "export" not in tags and length > MAX_CELL_LINES:
+        problems.append(f"{first!r} has {length} lines; the limit is {MAX_CELL_LINES}")
+    wide = [line for line in lines if len(line) > 88]
+    if wide:
+        problems.append(f"{first!r} has a line of {len(wide[0])} columns: {wide[0]!r}")
+    marks = [cell.source.count(f"### {mark} SOLUTION") for mark in ("BEGIN", "END")]
+    if "exercise" in tags and (marks[0] != marks[1] or not marks[0]):
+        problems.append(
+            f"{first!r} is tagged exercise, but no solution stands between "
+            "### BEGIN SOLUTION and ### END SOLUTION"
+        )
+    return problems
+
+
+def docstring_lines(source: str) -> int:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a cell with a line that only IPython understands
+        return 0
+    owners = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    total = 0
+    for node in ast.walk(tree):
+        if isinstance(node, owners) and is_text(node.body[0]):
+            total += (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+    return total
+
+
+def check_book(root: Path) -> list[str]:
+    """What of the book as a whole disagrees: size, orphaned modules, stored studies."""
+    problems = []
+    files = [path for path in (root / "book").rglob("*") if path.is_file()]
+    files = [path for path in files if "_build" not in path.parts]
+    size = sum(path.stat().st_size for path in files)
+    if size > MAX_BOOK_BYTES:
+        problems.append(f"book/ has {size:,} bytes; the limit is {MAX_BOOK_BYTES:,}")
+    modules = {chapter.module for chapter in find_chapters(root, [])}
+    for module in sorted((root / "llama2_lite").glob("*.py")):
+        if module not in modules and not module.name.startswith("__"):
+            problems.append(
+                f"llama2_lite/{module.name} has no chapter book/NN_{module.stem}.md"
+            )
+    for path in sorted((root / "book" / "results").glob("*.json")):
+        problems += check_result(root, path)
+    return problems
+
+
+def check_result(root: Path, path: Path) -> list[str]:
+    """Whether a stored study was made by the code and the script that are there now."""
+    from llama2_lite.runtime.artifacts import code_hash
+
+    where = path.relative_to(root)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    needed = {
+        "config",
+        "seeds",
+        "machine",
+        "modules",
+        "code_hash",
+        "script",
+        "script_hash",
+    }
+    if missing := needed - record.keys():
+        return [f"{where} lacks {', '.join(sorted(missing))}"]
+    problems = []
+    if record["code_hash"] != code_hash(record["modules"]):
+        modules = ", ".join(record["modules"])
+        problems.append(f"{where}: code has changed since it was made, in {modules}")
+    script = root / record["script"]
+    if not script.exists() or record["script_hash"] != digest(
+        script.read_text("utf-8")
+    ):
+        problems.append(
+            f"{where}: {record['script']}, which made it, has changed since"
+        )
+    return [f"{problem}; `make experiments`" for problem in problems]
+
+
+# The command line
+
+
+def main() -> int:
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, default=root, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in [
+        ("sync", "bring each chapter's text and notebook into step"),
+        ("export", "write modules from chapters"),
+        ("pull", "take edited modules over into their chapters"),
+        ("run", "execute notebooks in place"),
+        ("check", "fail if anything disagrees"),
+    ]:
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument(
+            "chapters", nargs="*", help="06, attention or 06_attention"
+        )
+    arguments = parser.parse_args()
+
+    def after_sync(
+        action: Callable[[Chapter], str | None],
+    ) -> Callable[[Chapter], None]:
+        def act(chapter: Chapter) -> None:
+            for step in (sync, action):
+                if done := step(chapter):
+                    print(done, flush=True)
+
+        return act
+
+    def run_one(chapter: Chapter) -> None:
+        print(f"running book/{chapter.stem}.ipynb", flush=True)
+        sync(chapter)
+        run(chapter)
+
+    def pull_one(chapter: Chapter) -> None:
+        after_sync(pull)(chapter)
+        after_sync(export)(chapter)
+
+    actions: dict[str, Callable[[Chapter], object]] = {
+        "sync": after_sync(lambda chapter: None),
+        "export": after_sync(export),
+        "pull": pull_one,
+        "run": run_one,
+        "check": check,
+    }
+    problems: list[str] = []
+    try:
+        chapters = find_chapters(arguments.root, arguments.chapters)
+    except Problem as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    for chapter in chapters:
+        try:
+            found = actions[arguments.command](chapter)
+        except Problem as problem:
+            found = [str(problem)]
+        problems += found if isinstance(found, list) else []
+    if arguments.command == "check" and not arguments.chapters:
+        problems += check_book(arguments.root)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if arguments.command == "check" and not problems:
+        print(f"{len(chapters)} chapters, their modules and their outputs agree")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
