@@ -238,7 +238,6 @@ def run(chapter: Chapter) -> None:
     """Execute a notebook in place, in book/, and record what its outputs came from."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
-    from traitlets.config import Config
 
     notebook = load(chapter)
     notebook.metadata.pop("widgets", None)
@@ -248,7 +247,7 @@ def run(chapter: Chapter) -> None:
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        config=Config(KernelManager={"transport": "ipc"}),
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(chapter.root / "book")}},
     )
     path = os.pathsep.join(filter(None, [str(chapter.root), os.getenv("PYTHONPATH")]))
