@@ -1,0 +1,1 @@
+"""The command line, the tour, checkpoints and artifacts: needed, but not taught."""
