@@ -1,0 +1,462 @@
+"""Pretraining.
+
+Exported from book/09_pretraining.md, which explains every part. Edit it there,
+then `make export`.
+"""
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from llama2_lite.corpus import TokenDataset
+from llama2_lite.model import Llama, LlamaConfig
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log probability of the tokens that come next, in nats.
+
+    Args:
+        logits: (B, T, V), any floating point type.
+        targets: (B, T), the token that follows each position.
+
+    Returns:
+        A scalar, fp32.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class VocabularyLoss(torch.autograd.Function):
+    """Output layer and `next_token_loss` in one, a piece of the tokens at a time.
+
+    The gradient of the logits is known as soon as the logits are: softmax minus
+    one-hot. So each piece is used up at once, and neither all logits nor their
+    gradients ever exist together.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, piece: int
+    ) -> Tensor:
+        """Mean loss of ``hidden`` (N, C), ``weight`` (V, C), ``targets`` (N,)."""
+        total = torch.zeros((), device=hidden.device)
+        needs_gradient = any(ctx.needs_input_grad)
+        if needs_gradient:
+            hidden_gradient = torch.empty_like(hidden)
+            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(targets), piece):
+            rows = slice(start, start + piece)
+            target = targets[rows, None]
+            scores = (hidden[rows] @ weight.T).float()  # (piece, V)
+            log_sum = scores.logsumexp(-1, keepdim=True)
+            total += (log_sum - scores.gather(1, target)).sum()
+            if needs_gradient:
+                error = scores.sub_(log_sum).exp_()  # the softmax, in place
+                error.scatter_add_(1, target, -torch.ones_like(error[:, :1]))
+                error = error.to(hidden.dtype)
+                hidden_gradient[rows] = error @ weight
+                weight_gradient += error.T @ hidden[rows]
+        ctx.n_tokens = len(targets)
+        if needs_gradient:
+            ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Scale what `forward` has computed already."""
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = gradient / ctx.n_tokens
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            weight_gradient * scale,
+            None,
+            None,
+        )
+
+
+def vocabulary_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, piece: int = 1024
+) -> Tensor:
+    """`next_token_loss` from the last hidden states, without holding all logits.
+
+    Computes in the type of autocast where that is on, else in that of ``hidden``;
+    sums are fp32 in any case.
+
+    Args:
+        hidden: (B, T, C), what the output layer would be given.
+        weight: (V, C), of the output layer; may be the embedding's, tied.
+        targets: (B, T).
+        piece: tokens whose logits exist at a time.
+
+    Returns:
+        A scalar, fp32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return VocabularyLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), piece)
+
+
+def configure_optimizer(
+    model: nn.Module, lr: float, weight_decay: float = 0.1
+) -> torch.optim.AdamW:
+    """AdamW as in the paper, with weight decay on the matrices of the layers only.
+
+    The gains of the norms scale, and the rows of the embedding look up: neither is
+    decayed (our choice; the paper says 0.1 and not on what). A head tied to the
+    embedding counts as the embedding. Source: paper §2.2.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        is_matrix = parameter.dim() > 1 and id(parameter) not in embeddings
+        (decayed if is_matrix else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+def learning_rate(
+    step: int, n_steps: int, *, peak: float, warmup: int, floor: float = 0.1
+) -> float:
+    """Linear warm-up, then a cosine from ``peak`` down to ``floor * peak``.
+
+    Args:
+        step: which update this is, from 0.
+        n_steps: how many there will be.
+        peak: reached by the last step of the warm-up.
+        warmup: number of steps that rise.
+        floor: what remains at the end, as a share of the peak. Source: paper §2.2.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step + 1 - warmup) / max(1, n_steps - warmup))
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def best_precision() -> str:
+    """Lightning's name of the fastest type for matrix products that is safe here.
+
+    bf16 with fp32 weights on GPUs and on processors with instructions for it
+    (AVX512-BF16, AMX), else fp32.
+    """
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _as_it_is(model: Llama) -> Llama:
+    return model
+
+
+class PretrainingModule(LightningModule):
+    """A Llama that learns to predict the next token.
+
+    Logs ``loss`` (nats per token), ``learning_rate``, ``gradient_norm`` and
+    ``tokens_per_second``; in validation ``validation_loss`` and
+    ``bits_per_character``. The length of the schedule is the trainer's ``max_steps``.
+
+    Args:
+        config: of the model, which is built when training starts.
+        peak_lr: the highest learning rate.
+        warmup: steps until it is reached.
+        weight_decay: of the matrices, see `configure_optimizer`.
+        clip_norm: longer gradients are scaled to this length.
+        seed: of the initial weights.
+        lay_out: places the model on devices and returns it; changes nothing by
+            default.
+    """
+
+    model: Llama | None
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        peak_lr: float = 3e-4,
+        warmup: int = 2000,
+        weight_decay: float = 0.1,
+        clip_norm: float = 1.0,
+        seed: int = 0,
+        lay_out: Callable[[Llama], Llama] = _as_it_is,
+    ):
+        super().__init__()
+        self.config = config
+        self.peak_lr = peak_lr
+        self.warmup = warmup
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        self.seed = seed
+        self.lay_out = lay_out
+        self.model = None
+        self.first_bad_step: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Build the model; Lightning calls this where its weights should live."""
+        if self.model is None:
+            torch.manual_seed(self.seed)
+            self.model = self.lay_out(Llama(self.config))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; `on_train_batch_start` sets its learning rate."""
+        if self.trainer.max_steps < 1:
+            raise ValueError(
+                "Trainer(max_steps=...) must be given: the schedule needs it"
+            )
+        return configure_optimizer(self.model, self.peak_lr, self.weight_decay)
+
+    def loss(self, windows: Tensor) -> Tensor:
+        """Mean loss of windows of tokens, (B, T + 1)."""
+        hidden = self.model(windows[:, :-1], return_hidden=True)
+        return vocabulary_loss(hidden, self.model.output.weight, windows[:, 1:])
+
+    def on_train_start(self) -> None:
+        """Start the clock, and forget what went wrong before."""
+        self.first_bad_step = torch.full((), -1, device=self.device)
+        self._restart_clock()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Set the learning rate: a function of the step alone, so nothing to save."""
+        self.lr = learning_rate(
+            self.global_step,
+            self.trainer.max_steps,
+            peak=self.peak_lr,
+            warmup=self.warmup,
+        )
+        for group in self.optimizers().param_groups:
+            group["lr"] = self.lr
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of one batch, (B, T + 1)."""
+        loss = self.loss(batch)
+        self._note_if_bad(loss)
+        self.n_tokens += batch[:, 1:].numel() * self.trainer.world_size
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip; here and not by the trainer, which refuses fused optimizers."""
+        if gradient_clip_val is not None:
+            raise ValueError("set clip_norm instead of Trainer(gradient_clip_val=...)")
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
+        self._note_if_bad(norm)
+        self.log("gradient_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Log the pace, and stop if a number is no longer finite."""
+        is_time_to_log = self.global_step % self.trainer.log_every_n_steps == 0
+        if is_time_to_log or self.device.type == "cpu":
+            self.stop_if_bad()
+        if is_time_to_log:
+            seconds = time.perf_counter() - self.started
+            self.log("tokens_per_second", self.n_tokens / seconds, prog_bar=True)
+            self.log("learning_rate", self.lr)
+            self._restart_clock()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save a model that is not a number, over one that was."""
+        self.stop_if_bad()
+
+    def _note_if_bad(self, value: Tensor) -> None:
+        """Remember the step at which a value was first not finite.
+
+        It stays on the device, so that a GPU need not wait for the processor.
+        """
+        is_news = ~value.detach().isfinite() & (self.first_bad_step < 0)
+        self.first_bad_step.masked_fill_(is_news, self.global_step)
+
+    def stop_if_bad(self) -> None:
+        """Stop if a loss or gradient was not finite.
+
+        Raises:
+            FloatingPointError: it names the step.
+        """
+        if self.first_bad_step is not None and (step := int(self.first_bad_step)) >= 0:
+            raise FloatingPointError(
+                f"at step {step} the loss or its gradient is not a finite number; the "
+                "last checkpoint is from before. Try a lower learning rate or a longer "
+                "warm-up"
+            )
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the loss of one batch, (B, T + 1), also in bits per character."""
+        loss = self.loss(batch)
+        bits = loss / math.log(2) * self.trainer.datamodule.tokens_per_character
+        log = {"on_epoch": True, "sync_dist": True, "batch_size": len(batch)}
+        self.log("validation_loss", loss, **log)
+        self.log("bits_per_character", bits, prog_bar=True, **log)
+
+    def on_validation_end(self) -> None:
+        """Do not count the time of validation."""
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.n_tokens, self.started = 0, time.perf_counter()
+
+
+class StagedLoader:
+    """Batches of several sequence lengths, one after the other, without end.
+
+    Args:
+        datasets: one for each stage.
+        batch_sizes: windows of a batch in each stage, over all processes.
+        starts: the batch with which each stage begins; the first is 0.
+        rank, world_size: which of how many processes this is.
+    """
+
+    def __init__(
+        self,
+        datasets: list[TokenDataset],
+        batch_sizes: list[int],
+        starts: list[int],
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.datasets = datasets
+        self.batch_sizes = batch_sizes
+        self.starts = starts
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (B, T + 1) tensors, int64, where B is the share of this process."""
+        while True:
+            position, self.position = self.position, self.position + 1
+            stage = bisect_right(self.starts, position) - 1
+            yield self.datasets[stage].batch(
+                position - self.starts[stage],
+                self.batch_sizes[stage] // self.world_size,
+                self.rank,
+                self.world_size,
+            )
+
+    def __len__(self) -> int:
+        """More than any run takes: without a length, Lightning reads ahead by one."""
+        return 2**31
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches taken, and what fixes the batches to come."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue, possibly with another number of processes.
+
+        Raises:
+            ValueError: if the stages, the data or the seed are others.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the checkpoint was made with {name} = {state[name]}, not {value}"
+                )
+        self.position = state["position"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.datasets[0].seed,
+            "tokens": self.datasets[0].n_tokens,
+            "stages": [
+                [start, dataset.sequence_length, batch_size]
+                for start, dataset, batch_size in zip(
+                    self.starts, self.datasets, self.batch_sizes, strict=True
+                )
+            ],
+        }
+
+
+class TokenDataModule(LightningDataModule):
+    """Shards for training and validation, with a schedule of sequence lengths.
+
+    Args:
+        train: folder of shards, see `llama2_lite.corpus.write_shards`.
+        validation: another.
+        stages: (share of the steps, sequence length, windows of a batch over all
+            processes), in order.
+        validation_windows: at most so many, of the longest length.
+        seed: of the order of the windows.
+    """
+
+    def __init__(
+        self,
+        train: str | Path,
+        validation: str | Path,
+        stages: list[tuple[float, int, int]],
+        validation_windows: int = 64,
+        seed: int = 0,
+    ):
+        super().__init__()
+        shares = [share for share, _, _ in stages]
+        if not math.isclose(sum(shares), 1) or min(shares) <= 0:
+            raise ValueError(
+                f"the shares of the stages are {shares}, not positive with the sum 1"
+            )
+        self.train = train
+        self.validation = validation
+        self.stages = stages
+        self.validation_windows = validation_windows
+        self.seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards; each process has to."""
+        lengths = [length for _, length, _ in self.stages]
+        self.datasets = [
+            TokenDataset(self.train, length, seed=self.seed, verify=i == 0)
+            for i, length in enumerate(lengths)
+        ]
+        self.held_out = TokenDataset(self.validation, max(lengths))
+        self.tokens_per_character = self.held_out.n_tokens / self.held_out.n_characters
+
+    def _processes(self) -> tuple[int, int]:
+        """Rank and number of processes that see different data."""
+        kwargs = self.trainer.distributed_sampler_kwargs
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    def train_dataloader(self) -> StagedLoader:
+        """Batches (B, T + 1) without end."""
+        rank, world_size = self._processes()
+        batch_sizes = [batch_size for _, _, batch_size in self.stages]
+        for batch_size in batch_sizes:
+            if batch_size % world_size:
+                raise ValueError(
+                    f"{world_size} processes cannot share {batch_size} windows evenly"
+                )
+        trainer = self.trainer
+        starts, done = [], 0.0
+        for share, _, _ in self.stages:
+            first_step = round(done * trainer.max_steps)
+            starts.append(first_step * trainer.accumulate_grad_batches)
+            done += share
+        return StagedLoader(self.datasets, batch_sizes, starts, rank, world_size)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """The first windows of the validation shards, in order."""
+        rank, world_size = self._processes()
+        n_windows = min(self.validation_windows, len(self.held_out))
+        n_windows -= n_windows % world_size  # every process as many
+        batch_size = min(size for _, _, size in self.stages) // world_size
+        mine = Subset(self.held_out, range(rank, n_windows, world_size))
+        return DataLoader(mine, batch_size)
