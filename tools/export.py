@@ -119,7 +119,8 @@ def check_book(root: Path) -> list[str]:
 
 def check_result(root: Path, path: Path) -> list[str]:
     """Whether a stored study was made by the code and the script that are there now."""
-    from llama2_lite.runtime.artifacts import code_hash
+    sys.path.insert(0, str(root))
+    from llama2_lite.runtime.artifacts import code_hash, file_hash
 
     where = path.relative_to(root)
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -135,16 +136,17 @@ def check_result(root: Path, path: Path) -> list[str]:
     if missing := needed - record.keys():
         return [f"{where} lacks {', '.join(sorted(missing))}"]
     problems = []
-    if record["code_hash"] != code_hash(record["modules"]):
-        modules = ", ".join(record["modules"])
-        problems.append(f"{where}: code has changed since it was made, in {modules}")
+    modules = ", ".join(record["modules"])
+    try:
+        if record["code_hash"] != code_hash(record["modules"]):
+            problems.append(
+                f"{where}: code has changed since it was made, in {modules}"
+            )
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
     script = root / record["script"]
-    if not script.exists() or record["script_hash"] != digest(
-        script.read_text("utf-8")
-    ):
-        problems.append(
-            f"{where}: {record['script']}, which made it, has changed since"
-        )
+    if not script.exists() or record["script_hash"] != file_hash(script):
+        problems.append(f"{where}: {record['script']}, which made it, has changed")
     return [f"{problem}; `make experiments`" for problem in problems]
 
 
