@@ -1,11 +1,13 @@
 """A headless Chromium, driven over its debugging port: what a reader's browser does."""
 
+import base64
 import itertools
 import json
 import re
 import shutil
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,15 @@ from typing import Any
 import websocket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-port=0",
+    "--remote-allow-origins=*",
+    "--window-size=1400,1000",
+]
 
 
 class Browser:
@@ -26,10 +37,7 @@ class Browser:
     def __init__(self, folder: Path):
         assert CHROMIUM, "ask for CHROMIUM before making a Browser"
         self.process = subprocess.Popen(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"]
-            + ["--remote-debugging-port=0", "--remote-allow-origins=*"]
-            + ["--disable-dev-shm-usage", f"--user-data-dir={folder}"]
-            + ["--window-size=1400,1000", "about:blank"],
+            [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -39,10 +47,7 @@ class Browser:
                 break
         else:
             raise RuntimeError("chromium ended before it listened")
-        port_file = f"http://{found[1]}/json/list"
-        import urllib.request
-
-        with urllib.request.urlopen(port_file) as reply:
+        with urllib.request.urlopen(f"http://{found[1]}/json/list") as reply:
             pages = [page for page in json.load(reply) if page["type"] == "page"]
         self.socket = websocket.create_connection(
             pages[0]["webSocketDebuggerUrl"], timeout=60
@@ -124,7 +129,5 @@ class Browser:
         self.evaluate("new Promise(done => setTimeout(done, 200))")
 
     def screenshot(self, path: Path) -> None:
-        import base64
-
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real samples that lies beside the repository, where there is one."""
+    """Where real samples lie beside the repository; skips where they do not."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("real samples (../shared/data) are not on this machine")

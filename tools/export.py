@@ -152,68 +152,51 @@ def check_result(root: Path, path: Path) -> list[str]:
 
 # The command line
 
+STEPS: dict[str, list[Callable[[Chapter], str | None]]] = {
+    "sync": [sync],
+    "export": [sync, export],
+    "pull": [sync, pull, sync, export],
+    "run": [sync, run],
+}
+PURPOSES = {
+    "sync": "bring each chapter's text and notebook into step",
+    "export": "write modules from chapters",
+    "pull": "take edited modules over into their chapters",
+    "run": "execute notebooks in place",
+    "check": "fail if anything disagrees",
+}
 
-def main() -> int:
+
+def main(arguments: list[str] | None = None) -> int:
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=root, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in [
-        ("sync", "bring each chapter's text and notebook into step"),
-        ("export", "write modules from chapters"),
-        ("pull", "take edited modules over into their chapters"),
-        ("run", "execute notebooks in place"),
-        ("check", "fail if anything disagrees"),
-    ]:
+    for name, purpose in PURPOSES.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument(
-            "chapters", nargs="*", help="06, attention or 06_attention"
-        )
-    arguments = parser.parse_args()
+        command.add_argument("chapters", nargs="*", help="such as 06 or attention")
+    given = parser.parse_args(arguments)
 
-    def after_sync(
-        action: Callable[[Chapter], str | None],
-    ) -> Callable[[Chapter], None]:
-        def act(chapter: Chapter) -> None:
-            for step in (sync, action):
-                if done := step(chapter):
-                    print(done, flush=True)
-
-        return act
-
-    def run_one(chapter: Chapter) -> None:
-        print(f"running book/{chapter.stem}.ipynb", flush=True)
-        sync(chapter)
-        run(chapter)
-
-    def pull_one(chapter: Chapter) -> None:
-        after_sync(pull)(chapter)
-        after_sync(export)(chapter)
-
-    actions: dict[str, Callable[[Chapter], object]] = {
-        "sync": after_sync(lambda chapter: None),
-        "export": after_sync(export),
-        "pull": pull_one,
-        "run": run_one,
-        "check": check,
-    }
     problems: list[str] = []
+    chapters: list[Chapter] = []
     try:
-        chapters = find_chapters(arguments.root, arguments.chapters)
+        chapters = find_chapters(given.root, given.chapters)
     except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        problems.append(str(problem))
     for chapter in chapters:
         try:
-            found = actions[arguments.command](chapter)
+            if given.command == "check":
+                problems += check(chapter)
+            for step in STEPS.get(given.command, []):
+                if done := step(chapter):
+                    print(done, flush=True)
         except Problem as problem:
-            found = [str(problem)]
-        problems += found if isinstance(found, list) else []
-    if arguments.command == "check" and not arguments.chapters:
-        problems += check_book(arguments.root)
+            problems.append(str(problem))
+    if given.command == "check" and not given.chapters:
+        problems += check_book(given.root)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if arguments.command == "check" and not problems:
+    if given.command == "check" and not problems:
         print(f"{len(chapters)} chapters, their modules and their outputs agree")
     return 1 if problems else 0
 

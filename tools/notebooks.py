@@ -234,8 +234,12 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def run(chapter: Chapter) -> None:
-    """Execute a notebook in place, in book/, and record what its outputs came from."""
+def run(chapter: Chapter) -> str:
+    """Execute a notebook in place, in book/, and record what its outputs came from.
+
+    Raises:
+        Problem: if a cell stops with an error; the notebook stays as it was.
+    """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
@@ -268,6 +272,7 @@ def run(chapter: Chapter) -> None:
     ):
         cell.metadata["ran"] = fingerprint
     save(chapter, notebook)
+    return f"book/{chapter.stem}.ipynb executed"
 
 
 def with_plain_widget_ids(notebook: NotebookNode) -> NotebookNode:
