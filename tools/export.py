@@ -181,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     chapters: list[Chapter] = []
     try:
         chapters = find_chapters(given.root, given.chapters)
-    except Problem as problem:
-        problems.append(str(problem))
+    except Problem as error:
+        problems.append(str(error))
     for chapter in chapters:
         try:
             if given.command == "check":
@@ -190,8 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
             for step in STEPS.get(given.command, []):
                 if done := step(chapter):
                     print(done, flush=True)
-        except Problem as problem:
-            problems.append(str(problem))
+        except Problem as error:
+            problems.append(str(error))
     if given.command == "check" and not given.chapters:
         problems += check_book(given.root)
     for problem in problems:
