@@ -170,7 +170,7 @@ def test_running_again_changes_no_byte(book: Path):
     cells = nbformat.reads(before.decode(), as_version=4).cells
     counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
     assert counts == [1, 2, 3, 4, 5]
-    assert cells[4].outputs[0].text == "1.0\n"
+    assert cells[3].outputs[0].text == "1.0\n"
 
 
 def test_edited_text_is_caught_and_taken_over(book: Path, capsys):
@@ -183,9 +183,9 @@ def test_edited_text_is_caught_and_taken_over(book: Path, capsys):
     assert tool(book, "sync") == 0
     new = nbformat.read(book / "book" / "01_sums.ipynb", as_version=4).cells
     assert [cell.id for cell in new] == [cell.id for cell in old]
-    assert new[4].source == "print(total([0.1] * 20))"
-    assert new[4].outputs == []
-    assert new[6].outputs == old[6].outputs != []
+    assert new[3].source == "print(total([0.1] * 20))"
+    assert new[3].outputs == []
+    assert new[5].outputs == old[5].outputs != []
     said = complaint(book, capsys)  # in step again, but not executed
     assert "code cell 3 ('print(total([0.1] * 20))')" in said
     assert "make run CHAPTERS=01" in said

@@ -83,7 +83,11 @@ def diff(old: str, new: str, old_name: str, new_name: str) -> str:
 
 
 def parse(text: str) -> NotebookNode:
-    return jupytext.reads(text, fmt="md:myst")
+    """The notebook of a text; its cells have no ids, jupytext's being random."""
+    notebook = jupytext.reads(text, fmt="md:myst")
+    for cell in notebook.cells:
+        cell.pop("id", None)
+    return notebook
 
 
 def render(notebook: NotebookNode) -> str:
@@ -113,16 +117,13 @@ def load(chapter: Chapter) -> NotebookNode:
 def save(chapter: Chapter, notebook: NotebookNode) -> None:
     """Write a notebook, marked as in step with its own text."""
     text = render(notebook)
+    kept = {key: notebook.metadata[key] for key in KEPT if key in notebook.metadata}
     notebook.metadata = NotebookNode(
+        kept,
         jupytext=JUPYTEXT,
         kernelspec=KERNEL,
         language_info=LANGUAGE,
         text_hash=digest(text),
-        **{
-            key: notebook.metadata[key]
-            for key in ("widgets",)
-            if key in notebook.metadata
-        },
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     content = nbformat.writes(notebook) + "\n"
@@ -186,8 +187,6 @@ def merge(edited: NotebookNode, notebook: NotebookNode) -> NotebookNode:
             edited.metadata[key] = notebook.metadata[key]
     old = [(cell.cell_type, cell.source) for cell in notebook.cells]
     new = [(cell.cell_type, cell.source) for cell in edited.cells]
-    for cell in edited.cells:
-        cell.pop("id", None)
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     for kind, i1, i2, j1, j2 in matcher.get_opcodes():
         for i, j in zip(range(i1, i2), range(j1, j2), strict=False):
@@ -205,7 +204,7 @@ def merge(edited: NotebookNode, notebook: NotebookNode) -> NotebookNode:
 
 
 def give_ids(notebook: NotebookNode) -> NotebookNode:
-    """Replace jupytext's random cell ids, and missing ones, by reproducible ones."""
+    """Give each cell without an id of its own one that is the same on every machine."""
     taken: set[str] = set()
     for cell in notebook.cells:
         name, n = cell.get("id"), 0
