@@ -1,0 +1,172 @@
+"""Documents from files of text, JSON lines and Parquet."""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+BLOCK_BYTES = 2**20
+DOCUMENT_CHARACTERS = 2**21  # a longer text file becomes several documents
+
+
+def read_documents(patterns: Iterable[str], text_field: str = "text") -> Iterator[str]:
+    """Documents from .txt, .jsonl, .jsonl.gz and .parquet files, as a stream.
+
+    A text file is one document, or several cut at line ends if it has more than two
+    million characters. Files come in the order of the patterns, those of one pattern
+    sorted by name, and each file once.
+
+    Args:
+        patterns: paths, or globs with ``*``, ``?`` and ``**``.
+        text_field: the JSON key or Parquet column with the text.
+
+    Raises:
+        FileNotFoundError: if a pattern matches no file.
+        ValueError: if a file is empty, of an unknown kind, binary, not UTF-8, or lacks
+            the field; the sentence names the file and the byte, line or row.
+    """
+    readers = {
+        ".txt": _read_text,
+        ".jsonl": _read_jsonl,
+        ".jsonl.gz": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
+    chosen: dict[Path, Callable[[Path, str], Iterator[str]]] = {}
+    for path in chain.from_iterable(map(_files, patterns)):
+        kinds = [suffix for suffix in readers if path.name.endswith(suffix)]
+        if not kinds:
+            raise ValueError(f"{path} is none of {', '.join(readers)}")
+        chosen[path] = readers[kinds[0]]
+    return chain.from_iterable(read(path, text_field) for path, read in chosen.items())
+
+
+def _files(pattern: str) -> list[Path]:
+    """The files that a path or glob names."""
+    path = Path(pattern)
+    if path.is_file():  # its name may hold a bracket
+        return [path]
+    found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    if files := sorted(file for file in found if file.is_file()):
+        return files
+    raise FileNotFoundError(f"no file matches {pattern}")
+
+
+def _read_text(path: Path, _: str) -> Iterator[str]:
+    """A text file in documents of at most ``DOCUMENT_CHARACTERS``."""
+    rest, is_empty = "", True
+    for block in _decode(path):
+        rest += block
+        while len(rest) > DOCUMENT_CHARACTERS:
+            end = rest.rfind("\n", 0, DOCUMENT_CHARACTERS) + 1 or DOCUMENT_CHARACTERS
+            yield rest[:end]
+            rest, is_empty = rest[end:], False
+    if rest.strip():
+        yield rest
+    elif is_empty:
+        raise ValueError(f"{path} is empty")
+
+
+def _decode(path: Path) -> Iterator[str]:
+    """The text of a file block by block, or where it is none."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while True:
+            undecoded = decoder.getstate()[0]  # the start of a character cut in two
+            start = file.tell() - len(undecoded)
+            block = file.read(BLOCK_BYTES)
+            if (zero := (undecoded + block).find(0)) >= 0:
+                raise ValueError(f"{path} is binary: byte {start + zero} is zero")
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                wrong = start + error.start
+                raise ValueError(f"{path} is not UTF-8 at byte {wrong}") from None
+            if not block:
+                return
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    """The field of every line that is not blank."""
+    is_empty = True
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _field(line, text_field, f"{path}, line {number}:")
+                    is_empty = False
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            raise ValueError(f"{path} is not a whole gzip file") from None
+    if is_empty:
+        raise ValueError(f"{path} is empty")
+
+
+def _field(line: bytes, text_field: str, where: str) -> str:
+    """The text in one line of JSON."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} not UTF-8 at byte {error.start}") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{where} not JSON") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} not a JSON object")
+    if text_field not in record:
+        there = ", ".join(record) or "nothing"
+        raise ValueError(f"{where} no field {text_field!r}, only {there}")
+    if not isinstance(record[text_field], str):
+        raise ValueError(f"{where} the field {text_field!r} is not a string")
+    return record[text_field]
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    """The rows of a column of strings."""
+    import pyarrow as pa  # takes a third of a second to import
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path} is not a Parquet file") from None
+    columns = file.schema_arrow.names
+    if text_field not in columns:
+        there = ", ".join(columns)
+        raise ValueError(f"{path} has no column {text_field!r}, only {there}")
+    if not file.metadata.num_rows:
+        raise ValueError(f"{path} is empty")
+    row = 0
+    for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+        for text in batch.column(0).to_pylist():
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, row {row}: {text_field!r} is not a string")
+            yield text
+            row += 1
+
+
+def hold_out(
+    read: Callable[[], Iterable[str]], fraction: float = 0.1
+) -> tuple[Iterator[str], Iterator[str]]:
+    """Split documents, by characters, into a part to train on and a last part.
+
+    Args:
+        read: gives the same documents each time; it is called three times.
+        fraction: of the characters to hold out. The document at the border is cut.
+    """
+    border = int(sum(map(len, read())) * (1 - fraction))
+    return _between(read(), 0, border), _between(read(), border, None)
+
+
+def _between(documents: Iterable[str], start: int, stop: int | None) -> Iterator[str]:
+    """The characters of a stream from ``start`` up to ``stop``, in documents."""
+    position = 0
+    for document in documents:
+        if stop is not None and position >= stop:
+            return
+        part = document[
+            max(start - position, 0) : None if stop is None else stop - position
+        ]
+        if part:
+            yield part
+        position += len(document)
