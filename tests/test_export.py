@@ -9,12 +9,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from jupytext.sync_contentsmanager import build_sync_jupytext_contents_manager_class
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import export  # noqa: E402
-from notebooks import Chapter, digest, render, with_plain_widget_ids  # noqa: E402
+from notebooks import Chapter, fingerprints, render, with_plain_widget_ids  # noqa: E402
 
 HEADER = """\
 ---
@@ -203,6 +205,21 @@ def test_edited_notebook_is_caught_and_taken_over(book: Path, capsys):
     assert tool(book, "check") == 0
 
 
+def test_notebook_saved_by_jupyterlab_stays_in_step(book: Path):
+    """Its jupytext extension writes the text too, and renames the kernel."""
+    contents = build_sync_jupytext_contents_manager_class(LargeFileManager)()
+    contents.root_dir = str(book / "book")
+    model = contents.get("01_sums.ipynb")
+    cells = model["content"]["cells"]
+    cells[0]["source"] = cells[0]["source"].replace("$x$", "$y$")
+    model["content"]["metadata"]["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+    contents.save(model, "01_sums.ipynb")
+    assert tool(book, "sync") == 0
+    assert tool(book, "check") == 0
+    changed = HEADER + SUMS.replace("$x$", "$y$")
+    assert (book / "book" / "01_sums.md").read_text() == changed
+
+
 def test_both_edited_is_refused_and_nothing_is_lost(book: Path, capsys):
     text, notebook = book / "book" / "01_sums.md", book / "book" / "01_sums.ipynb"
     edit(text, "Prose with $x$.", "Prose with $y$.")
@@ -254,13 +271,9 @@ def test_output_of_a_cell_after_the_edited_one_is_stale_too(book: Path, capsys):
     notebook = book / "book" / "01_sums.ipynb"
     edit(book / "book" / "01_sums.md", "LIMIT = 3", "LIMIT = 4")
     assert tool(book, "export") == 0
-    cells = nbformat.read(notebook, as_version=4)
-    for cell in cells.cells:  # as if only the edited cell had been run again
-        if cell.cell_type == "code" and "ran" not in cell.metadata:
-            before = cells.cells[1].source
-            so_far = digest(f"{digest(chr(10) + before)}\n{cell.source}")
-            cell.metadata["ran"] = {"source": so_far, "output": digest("[]")}
-    nbformat.write(cells, notebook)
+    edited = nbformat.read(notebook, as_version=4)
+    edited.metadata["ran"][1] = fingerprints(edited)[1]  # as if only that cell had run
+    nbformat.write(edited, notebook)
     assert "code cell 3 " in complaint(book, capsys)
 
 
@@ -429,7 +442,7 @@ def test_widget_ids_are_numbered():
 def test_images_do_not_reach_the_text():
     png = base64.b64encode(b"png").decode()
     output = nbformat.v4.new_output("display_data", data={"image/png": png})
-    cell = nbformat.v4.new_code_cell("1", outputs=[output], metadata={"ran": {}})
+    cell = nbformat.v4.new_code_cell("1", outputs=[output])
     text = render(nbformat.v4.new_notebook(cells=[cell]))
     assert text == f"{HEADER}```{{code-cell}} ipython3\n1\n```\n"
 

@@ -54,6 +54,8 @@ def check(chapter: Chapter) -> list[str]:
     actual = chapter.module.read_text("utf-8") if chapter.module.exists() else ""
     if source is None and is_export_of(chapter):
         problems.append(f"{module} stems from {md}, which exports nothing now")
+    elif source is not None and not actual:
+        problems.append(f"{module} is missing; `make export` writes it")
     elif source is not None and source != actual:
         problems.append(
             f"{module} and {md} are out of step; `make export` if the chapter is "

@@ -1,8 +1,8 @@
 """A chapter on disk: its text (.md), its notebook (.ipynb), and what ran in it.
 
 Nothing here looks at file times, which a fresh clone does not have. The notebook
-carries the hash of the text that it was last in step with, and each of its code cells
-the hash of the source that its output came from and the hash of that output.
+carries the hash of the text that it was last in step with and, for each of its code
+cells, the hash of the source that its output came from and the hash of that output.
 """
 
 import copy
@@ -22,7 +22,7 @@ JUPYTEXT = {"formats": "ipynb,md:myst"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "pygments_lexer": "ipython3", "file_extension": ".py"}
 CELL_METADATA = ("tags", "mystnb")  # all that a cell may say about itself in the text
-KEPT = ("module_hash", "widgets")  # in a notebook, besides what `save` sets
+KEPT = ("module_hash", "ran", "widgets")  # in a notebook, besides what `save` sets
 
 
 class Problem(Exception):
@@ -198,8 +198,6 @@ def merge(edited: NotebookNode, notebook: NotebookNode) -> NotebookNode:
                     before.outputs,
                     before.execution_count,
                 )
-                if "ran" in before.metadata:
-                    after.metadata["ran"] = before.metadata["ran"]
     return give_ids(edited)
 
 
@@ -219,13 +217,13 @@ def give_ids(notebook: NotebookNode) -> NotebookNode:
 # What ran
 
 
-def fingerprints(notebook: NotebookNode) -> list[dict[str, str]]:
-    """For each code cell, the hash of all source up to it, and of its output."""
+def fingerprints(notebook: NotebookNode) -> list[str]:
+    """For each code cell, two hashes: of all source up to it, and of its output."""
     prints, so_far = [], ""
     for cell in code_cells(notebook):
         so_far = digest(f"{so_far}\n{cell.source}")
         output = json.dumps(cell.outputs, sort_keys=True)
-        prints.append({"source": so_far, "output": digest(output)})
+        prints.append(f"{so_far} {digest(output)}")
     return prints
 
 
@@ -266,10 +264,7 @@ def run(chapter: Chapter) -> str:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
-    for cell, fingerprint in zip(
-        code_cells(notebook), fingerprints(notebook), strict=True
-    ):
-        cell.metadata["ran"] = fingerprint
+    notebook.metadata["ran"] = fingerprints(notebook)
     save(chapter, notebook)
     return f"book/{chapter.stem}.ipynb executed"
 
@@ -289,16 +284,19 @@ def stale(chapter: Chapter, notebook: NotebookNode) -> list[str]:
     problems = []
     where = f"book/{chapter.stem}.ipynb"
     hint = f"`make run CHAPTERS={chapter.stem[:2]}`"
+    ran = iter(notebook.metadata.get("ran", []))
     pairs = zip(code_cells(notebook), fingerprints(notebook), strict=True)
     for number, (cell, fingerprint) in enumerate(pairs, start=1):
-        ran = cell.metadata.get("ran", {})
         first = cell.source.strip().partition("\n")[0]
         at = f"{where}, code cell {number} ({first!r})"
-        if ran.get("source") != fingerprint["source"]:
-            what = "it or a cell before it was edited since" if ran else "it never ran"
-            problems.append(f"{at} has no output of its own: {what}; {hint}")
+        source, output = next(ran, " ").split(" ")
+        if source != fingerprint.split(" ")[0]:
+            problems.append(
+                f"{at} has no output of its own: it, or a cell before it, was written "
+                f"after the notebook last ran; {hint}"
+            )
             break
-        if ran.get("output") != fingerprint["output"]:
+        if output != fingerprint.split(" ")[1]:
             problems.append(f"{at} holds an output that `run` did not write; {hint}")
         problems += [f"{at} {problem}" for problem in bad_outputs(cell)]
     return problems
