@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 CHAPTERS =
+LAB =
 EXPORT = $(BIN)/python tools/export.py
 NBVAL = --nbval-lax --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval.cfg
 
@@ -20,8 +21,8 @@ test: tour  ## run every test and every chapter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) \
 		tests $(wildcard book/[0-9]*.ipynb)
 
-lab: $(READY) sync  ## open the book in JupyterLab
-	$(BIN)/jupyter lab book
+lab: sync  ## open the book in JupyterLab
+	$(BIN)/jupyter lab $(LAB) book
 
 book: $(READY)  ## build the site into _build/html
 	$(BIN)/jupyter-book build book --config _config.yml --path-output . \
@@ -30,7 +31,7 @@ book: $(READY)  ## build the site into _build/html
 sync: $(READY)  ## bring the text and the notebook of each chapter into step
 	$(EXPORT) sync $(CHAPTERS)
 
-run: tour  ## re-execute notebooks: all, or those of CHAPTERS="05 06"
+run: $(READY)  ## re-execute notebooks: all, or those of CHAPTERS="05 06"
 	$(EXPORT) run $(CHAPTERS)
 
 export: $(READY)  ## write the modules of llama2_lite from the chapters
@@ -52,7 +53,7 @@ check: $(READY)  ## fail if chapters, modules or outputs disagree, or code is un
 	$(BIN)/mypy || status=1; \
 	exit $$status
 
-experiments: tour  ## repeat the studies stored in book/results (hours)
+experiments: $(READY)  ## repeat the studies stored in book/results (hours)
 	for script in benchmarks/experiments/*.py; do $(BIN)/python $$script || exit 1; done
 
 bench: $(READY)  ## compare speed with transformers
