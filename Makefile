@@ -65,7 +65,7 @@ lock:  ## choose the newest versions of all dependencies anew
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install '.[book,dev]'
-	.venv-lock/bin/pip freeze --exclude llama2_lite \
+	.venv-lock/bin/pip freeze --all --exclude pip --exclude llama2_lite \
 		| sed -e '/^nvidia-/d' -e '/^triton/d' -e 's/+[a-z0-9.]*$$//' > requirements.lock
 	rm -rf .venv-lock
 
