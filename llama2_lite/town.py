@@ -194,7 +194,7 @@ SLOT = re.compile(r"\{([a-z_]+)(\d*)(?:\.(\w+))?\}")
 
 def compile_templates(
     templates: list[str] | dict[str, int],
-) -> list[tuple[list, float]]:
+) -> list[tuple[list[Any], float]]:
     """Cut templates at their slots.
 
     Returns:
@@ -333,7 +333,7 @@ class Task:
 DEFAULT_DOCUMENTS = 140_000
 
 
-@dataclass
+@dataclass(repr=False)
 class Town:
     """A small world in which the truth of every answer is known.
 
@@ -438,7 +438,8 @@ class Town:
         answers["off_topic"] = random.choice(elsewhere)["reference"][0]
         answers["wrong"] = self.good_answer(task.kind, random.choice(others), random)
         if task.rivals:
-            wrong = random.choice([r for r in task.rivals if r not in task.content])
+            true = (*task.content, task.subject)
+            wrong = random.choice([r for r in task.rivals if r not in true])
             answers["wrong"] = wrong.join(task.reference.rsplit(task.content[0], 1))
         if task.kind == "unsafe":
             steps = dict(zip(("step1", "step2", "step3"), task.content, strict=True))
@@ -657,7 +658,7 @@ class Annotators:
             return Preference(task.dialog(), chosen, rejected, level)
         if safe == [False, True]:
             return None
-        safety_bin = SAFETY_BINS[2 - sum(safe) if safe[0] == safe[1] else 0]
+        safety_bin = SAFETY_BINS[2 - safe[0] if safe[0] == safe[1] else 0]
         return Preference(task.dialog(), chosen, rejected, level, safety_bin)
 
     def draw_noise(self) -> float:
