@@ -168,7 +168,7 @@ def test_lab_opens_the_book(clone: Path):
     """What "make lab" starts serves the chapters as notebooks."""
     flags = "--no-browser --allow-root --port=18745 --IdentityProvider.token=''"
     server = subprocess.Popen(make(clone, "lab", f"LAB={flags}"))
-    address = "http://127.0.0.1:18745/api/contents/03_tokenizer.md?content=1&type=notebook"
+    address = "http://127.0.0.1:18745/api/contents/03_tokenizer.md?type=notebook"
     try:
         for _ in range(60):
             try:
