@@ -35,7 +35,7 @@ def read_documents(patterns: Iterable[str], text_field: str = "text") -> Iterato
         ".parquet": _read_parquet,
     }
     chosen: dict[Path, Callable[[Path, str], Iterator[str]]] = {}
-    for path in chain.from_iterable(map(_files, patterns)):
+    for path in chain.from_iterable(map(matching_files, patterns)):
         kinds = [suffix for suffix in readers if path.name.endswith(suffix)]
         if not kinds:
             raise ValueError(f"{path} is none of {', '.join(readers)}")
@@ -43,12 +43,13 @@ def read_documents(patterns: Iterable[str], text_field: str = "text") -> Iterato
     return chain.from_iterable(read(path, text_field) for path, read in chosen.items())
 
 
-def _files(pattern: str) -> list[Path]:
+def matching_files(pattern: str) -> list[Path]:
     """The files that a path or glob names."""
     path = Path(pattern)
     if path.is_file():  # its name may hold a bracket
         return [path]
-    found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    inside = path.relative_to(path.anchor)
+    found = Path(path.anchor).glob(str(inside)) if inside.parts else ()
     if files := sorted(file for file in found if file.is_file()):
         return files
     raise FileNotFoundError(f"no file matches {pattern}")
