@@ -6,7 +6,6 @@ then `make export`.
 
 import math
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -317,39 +316,43 @@ class PretrainingModule(LightningModule):
         self.n_tokens, self.started = 0, time.perf_counter()
 
 
-class StagedLoader:
-    """Batches of several sequence lengths, one after the other, without end.
+class MixedLengthLoader:
+    """Batches of several sequence lengths, mixed evenly, without end.
+
+    The next batch is of the length furthest behind its share.
 
     Args:
-        datasets: one for each stage.
-        batch_sizes: windows of a batch in each stage, over all processes.
-        starts: the batch with which each stage begins; the first is 0.
+        datasets: one for each length.
+        shares: of the batches, one for each length.
+        batch_sizes: windows of a batch of each length, over all processes.
         rank, world_size: which of how many processes this is.
     """
 
     def __init__(
         self,
         datasets: list[TokenDataset],
+        shares: list[float],
         batch_sizes: list[int],
-        starts: list[int],
         rank: int = 0,
         world_size: int = 1,
     ):
         self.datasets = datasets
+        self.shares = shares
         self.batch_sizes = batch_sizes
-        self.starts = starts
         self.rank = rank
         self.world_size = world_size
-        self.position = 0
+        self.taken = [0] * len(datasets)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield (B, T + 1) tensors, int64, where B is the share of this process."""
+        kinds = range(len(self.datasets))
         while True:
-            position, self.position = self.position, self.position + 1
-            stage = bisect_right(self.starts, position) - 1
-            yield self.datasets[stage].batch(
-                position - self.starts[stage],
-                self.batch_sizes[stage] // self.world_size,
+            kind = min(kinds, key=lambda i: (self.taken[i] + 1) / self.shares[i])
+            step = self.taken[kind]
+            self.taken[kind] += 1
+            yield self.datasets[kind].batch(
+                step,
+                self.batch_sizes[kind] // self.world_size,
                 self.rank,
                 self.world_size,
             )
@@ -359,43 +362,45 @@ class StagedLoader:
         return 2**31
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches taken, and what fixes the batches to come."""
-        return {"position": self.position, **self._identity()}
+        """The batches taken of each length, and what fixes the batches to come."""
+        return {"taken": list(self.taken), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, possibly with another number of processes.
 
         Raises:
-            ValueError: if the stages, the data or the seed are others.
+            ValueError: if the lengths, the data or the seed are others.
         """
         for name, value in self._identity().items():
             if state[name] != value:
                 raise ValueError(
                     f"the checkpoint was made with {name} = {state[name]}, not {value}"
                 )
-        self.position = state["position"]
+        self.taken = list(state["taken"])
 
     def _identity(self) -> dict[str, Any]:
         return {
             "seed": self.datasets[0].seed,
             "tokens": self.datasets[0].n_tokens,
-            "stages": [
-                [start, dataset.sequence_length, batch_size]
-                for start, dataset, batch_size in zip(
-                    self.starts, self.datasets, self.batch_sizes, strict=True
+            "lengths": [
+                [share, dataset.sequence_length, batch_size]
+                for share, dataset, batch_size in zip(
+                    self.shares, self.datasets, self.batch_sizes, strict=True
                 )
             ],
         }
 
 
 class TokenDataModule(LightningDataModule):
-    """Shards for training and validation, with a schedule of sequence lengths.
+    """Shards for training and validation, in windows of one or several lengths.
+
+    Short windows are cheap, and a few long ones among them teach the long positions.
 
     Args:
         train: folder of shards, see `llama2_lite.corpus.write_shards`.
         validation: another.
-        stages: (share of the steps, sequence length, windows of a batch over all
-            processes), in order.
+        lengths: (share of the batches, sequence length, windows of a batch over all
+            processes) for each length; batches of all lengths alternate evenly.
         validation_windows: at most so many, of the longest length.
         seed: of the order of the windows.
     """
@@ -404,25 +409,25 @@ class TokenDataModule(LightningDataModule):
         self,
         train: str | Path,
         validation: str | Path,
-        stages: list[tuple[float, int, int]],
+        lengths: list[tuple[float, int, int]],
         validation_windows: int = 64,
         seed: int = 0,
     ):
         super().__init__()
-        shares = [share for share, _, _ in stages]
+        shares = [share for share, _, _ in lengths]
         if not math.isclose(sum(shares), 1) or min(shares) <= 0:
             raise ValueError(
-                f"the shares of the stages are {shares}, not positive with the sum 1"
+                f"the shares of the lengths are {shares}, not positive with the sum 1"
             )
         self.train = train
         self.validation = validation
-        self.stages = stages
+        self.lengths = lengths
         self.validation_windows = validation_windows
         self.seed = seed
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards; each process has to."""
-        lengths = [length for _, length, _ in self.stages]
+        lengths = [length for _, length, _ in self.lengths]
         self.datasets = [
             TokenDataset(self.train, length, seed=self.seed, verify=i == 0)
             for i, length in enumerate(lengths)
@@ -435,28 +440,23 @@ class TokenDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def train_dataloader(self) -> StagedLoader:
+    def train_dataloader(self) -> MixedLengthLoader:
         """Batches (B, T + 1) without end."""
         rank, world_size = self._processes()
-        batch_sizes = [batch_size for _, _, batch_size in self.stages]
+        shares = [share for share, _, _ in self.lengths]
+        batch_sizes = [batch_size for _, _, batch_size in self.lengths]
         for batch_size in batch_sizes:
             if batch_size % world_size:
                 raise ValueError(
                     f"{world_size} processes cannot share {batch_size} windows evenly"
                 )
-        trainer = self.trainer
-        starts, done = [], 0.0
-        for share, _, _ in self.stages:
-            first_step = round(done * trainer.max_steps)
-            starts.append(first_step * trainer.accumulate_grad_batches)
-            done += share
-        return StagedLoader(self.datasets, batch_sizes, starts, rank, world_size)
+        return MixedLengthLoader(self.datasets, shares, batch_sizes, rank, world_size)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """The first windows of the validation shards, in order."""
         rank, world_size = self._processes()
         n_windows = min(self.validation_windows, len(self.held_out))
         n_windows -= n_windows % world_size  # every process as many
-        batch_size = min(size for _, _, size in self.stages) // world_size
+        batch_size = min(size for _, _, size in self.lengths) // world_size
         mine = Subset(self.held_out, range(rank, n_windows, world_size))
         return DataLoader(mine, batch_size)
