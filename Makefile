@@ -54,7 +54,8 @@ check: $(READY)  ## fail if chapters, modules or outputs disagree, or code is un
 	exit $$status
 
 experiments: $(READY)  ## repeat the studies stored in book/results (hours)
-	for script in benchmarks/experiments/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $$(grep -l write_result benchmarks/*.py); do \
+		$(BIN)/python $$script || exit 1; done
 
 bench: $(READY)  ## compare speed with transformers
 	$(BIN)/python benchmarks/training.py
