@@ -124,7 +124,9 @@ MOVE = """
       if (seen(box) === before) dead.push(control.outerHTML);
     }
   }
-  return {moved, dead, boxes: document.querySelectorAll(".explorer").length};
+  const all = [...document.querySelectorAll(".cell_output input, .cell_output select")];
+  const stray = all.filter(e => !e.closest(".explorer")).map(e => e.outerHTML);
+  return {moved, dead, stray, boxes: document.querySelectorAll(".explorer").length};
 })()
 """
 
@@ -148,5 +150,6 @@ def test_explorers_move(site: Path, browser: Browser, name: str):
     if name == "08_generation":
         assert result["boxes"] >= 1, "temperature and top-p have an explorer"
     assert result["dead"] == []
+    assert result["stray"] == [], 'put them into an element of class "explorer"'
     assert result["moved"] >= result["boxes"]
     assert browser.complaints == []
