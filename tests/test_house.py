@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -166,9 +167,12 @@ def test_editing_commands_change_nothing_in_a_fresh_clone(clone: Path, command: 
 
 def test_lab_opens_the_book(clone: Path):
     """What "make lab" starts serves the chapters as notebooks."""
-    flags = "--no-browser --allow-root --port=18745 --IdentityProvider.token=''"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--no-browser --allow-root --port={port} --IdentityProvider.token=''"
     server = subprocess.Popen(make(clone, "lab", f"LAB={flags}"))
-    address = "http://127.0.0.1:18745/api/contents/03_tokenizer.md?type=notebook"
+    address = f"http://127.0.0.1:{port}/api/contents/03_tokenizer.md?type=notebook"
     try:
         for _ in range(60):
             try:
