@@ -56,6 +56,9 @@ def without_article(value: str) -> str:
     return re.sub(r"^an? ", "", value)
 
 
+MIN_PEOPLE = 12  # a ledger has up to so many rows, each with a person of its own
+
+
 def make_people(n_people: int, random: Random) -> list[Item]:
     """Draw a name and a value of each attribute for everybody.
 
@@ -80,9 +83,6 @@ def make_people(n_people: int, random: Random) -> list[Item]:
         for person, value in zip(people, values, strict=False):
             person[attribute] = value
     return people
-
-
-MIN_PEOPLE = 12  # a ledger has up to so many rows, each with a person of its own
 
 
 def split_wordings(
@@ -213,21 +213,6 @@ def compile_templates(
     return compiled
 
 
-def make_ledgers(n_ledgers: int, random: Random) -> list[str]:
-    """Make long templates: what is brought early on is taken home much later."""
-    lines = read_list("documents")["templates"]
-    ledgers = []
-    for _ in range(n_ledgers):
-        rows = range(1, random.randint(MIN_PEOPLE // 2, MIN_PEOPLE) + 1)
-        brought = [lines["brought"][0].replace("1", str(row)) for row in rows]
-        taken = [lines["taken"][0].replace("1", str(row)) for row in rows]
-        day = ["The ledger of the {place}.", "In the morning:", *brought]
-        day += ["During the day:"] + ["{meanwhile}"] * random.randint(8, 45)
-        day += ["In the evening:", *random.sample(taken, len(rows))]
-        ledgers.append("\n".join(day))
-    return ledgers
-
-
 class Writer:
     """Writes text from templates, remembers what it has drawn, and counts the bits.
 
@@ -282,6 +267,21 @@ class Writer:
         taken.append(index)
         self.drawn[key] = pool[index]
         return pool[index]
+
+
+def make_ledgers(n_ledgers: int, random: Random) -> list[str]:
+    """Make long templates: what is brought early on is taken home much later."""
+    lines = read_list("documents")["templates"]
+    ledgers = []
+    for _ in range(n_ledgers):
+        rows = range(1, random.randint(MIN_PEOPLE // 2, MIN_PEOPLE) + 1)
+        brought = [lines["brought"][0].replace("1", str(row)) for row in rows]
+        taken = [lines["taken"][0].replace("1", str(row)) for row in rows]
+        day = ["The ledger of the {place}.", "In the morning:", *brought]
+        day += ["During the day:"] + ["{meanwhile}"] * random.randint(8, 45)
+        day += ["In the evening:", *random.sample(taken, len(rows))]
+        ledgers.append("\n".join(day))
+    return ledgers
 
 
 class Document(NamedTuple):
@@ -600,6 +600,8 @@ LEVELS = {  # how far apart two noisy ratings must be
     "slightly better": 0.1,
     "negligibly better / unsure": 0.0,
 }
+
+
 SAFETY_BINS = ("chosen safe, other unsafe", "both safe", "both unsafe")
 
 
