@@ -96,6 +96,14 @@ def test_reused_until_configuration_inputs_or_code_change(tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".thing.lock", "thing"]
 
 
+def test_a_folder_of_somebody_else_stays(tmp_path):
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "diary").write_text("dear diary")
+    with pytest.raises(FileExistsError, match="thing is not ours"):
+        make(tmp_path, Builder())
+    assert (tmp_path / "thing" / "diary").read_text() == "dear diary"
+
+
 def test_failed_build_keeps_the_old_one_and_what_it_did(tmp_path):
     made = make(tmp_path, Builder())
 

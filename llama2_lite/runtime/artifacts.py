@@ -109,6 +109,9 @@ def artifact(
         inputs: other artifacts that it reads.
         modules: of this package whose code made it.
         build: fills the folder that it is given.
+
+    Raises:
+        FileExistsError: if there is such a folder that is no artifact.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +128,8 @@ def artifact(
     with _locked(folder / f".{name}.lock", f"{name} in {folder}"):
         if _key_of(finished.path) == finished.key:
             return finished
+        if finished.path.exists() and not (finished.path / RECORD).exists():
+            raise FileExistsError(f"{finished.path} is not ours; move it away")
         beside = folder / f"{name}.partial"
         if _key_of(beside) != finished.key:
             started = beside / "building"

@@ -1,0 +1,327 @@
+"""Training checkpoints that survive a kill at any moment, without pickle.
+
+A checkpoint is a folder: tensors in safetensors, everything else in JSON. It is
+written under another name, with the size and checksum of each file, and renamed when
+all of it is on disk; so a folder of the right name is whole, and what is damaged later
+is noticed. Training continues from the newest one that is.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TENSORS, STATE, COMPLETE = "tensors.safetensors", "state.json", "complete.json"
+PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
+# Lightning would need these to build the module; here the configuration does it.
+LEFT_OUT = ("hyper_parameters", "hparams_name", "hparams_type")
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has saved what it did."""
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Saves and loads Lightning's checkpoints as folders without pickle."""
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,
+    ) -> None:
+        """Write a folder beside ``path`` and rename it when it is on disk."""
+        path = Path(path)
+        beside = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        kept = {key: checkpoint[key] for key in checkpoint if key not in LEFT_OUT}
+        state = encode_state(kept, tensors)
+        save_file(tensors, beside / TENSORS)
+        (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
+        complete_checkpoint(beside, path)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read what `save_checkpoint` wrote.
+
+        Raises:
+            ValueError: if it is damaged, or no folder.
+        """
+        path = Path(path)
+        if path.is_file():
+            raise ValueError(f"{path} is not a folder; pickles are not opened here")
+        if damage := find_damage(path):
+            raise ValueError(f"the checkpoint {path} {damage}")
+        tensors = load_file(path / TENSORS)
+        return decode_state(json.loads((path / STATE).read_text("utf-8")), tensors)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete it; killed halfway, what is left does not count as complete."""
+        path = Path(path)
+        (path / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def encode_state(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """Turn nested Python values into JSON values, moving tensors to ``tensors``.
+
+    Raises:
+        TypeError: for anything that only pickle could store.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return {"$tensor": _add_tensor(value.detach(), tensors, name)}
+    if isinstance(value, np.ndarray):
+        return {"$array": _add_tensor(torch.from_numpy(value), tensors, name)}
+    if isinstance(value, dict):
+        items = {
+            key: encode_state(item, tensors, f"{name}/{key}" if name else str(key))
+            for key, item in value.items()
+        }
+        if all(isinstance(key, str) and key[:1] != "$" for key in items):
+            return items
+        return {"$dict": [[encode_state(key, {}), items[key]] for key in items]}
+    if isinstance(value, list | tuple):
+        entries = [
+            encode_state(item, tensors, f"{name}/{i}") for i, item in enumerate(value)
+        ]
+        return entries if isinstance(value, list) else {"$tuple": entries}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{name} is a {type(value).__name__}, which only pickle can store")
+
+
+def _add_tensor(tensor: Tensor, tensors: dict[str, Tensor], name: str) -> str:
+    """Add a tensor, or find it again: tied weights are one tensor with two names."""
+    for other, stored in tensors.items():
+        if (
+            stored.data_ptr() == tensor.data_ptr() != 0
+            and stored.shape == tensor.shape
+            and stored.stride() == tensor.stride()
+            and stored.dtype == tensor.dtype
+        ):
+            return other
+    while name in tensors:
+        name += "'"
+    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+    tensors[name] = tensor.clone() if is_view else tensor.contiguous()
+    return name
+
+
+def decode_state(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `encode_state`."""
+    if isinstance(value, list):
+        return [decode_state(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$array" in value:
+        return tensors[value["$array"]].numpy()
+    if "$tuple" in value:
+        return tuple(decode_state(item, tensors) for item in value["$tuple"])
+    if "$dict" in value:
+        pairs = value["$dict"]
+        return {decode_state(k, tensors): decode_state(v, tensors) for k, v in pairs}
+    return {key: decode_state(item, tensors) for key, item in value.items()}
+
+
+def complete_checkpoint(beside: Path, path: Path) -> None:
+    """Note size and checksum of all files, wait for the disk, and rename the folder."""
+    files = {}
+    for file in sorted(beside.iterdir()):
+        _sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+    (beside / COMPLETE).write_text(json.dumps({"files": files}), encoding="utf-8")
+    _sync(beside / COMPLETE)
+    _sync(beside)
+    shutil.rmtree(path, ignore_errors=True)  # of this step, and found damaged
+    beside.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as the end of a sentence; None if nothing is."""
+    try:
+        files = json.loads((path / COMPLETE).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "is not complete"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"lacks {name}"
+        if file.stat().st_size != expected["bytes"]:
+            size = file.stat().st_size
+            return f"has {size} bytes of {name} instead of {expected['bytes']}"
+        if _checksum(file) != expected["sha256"]:
+            return f"has a {name} that does not match its checksum"
+    return None
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint in a folder; warns of each that is not.
+
+    Raises:
+        ValueError: if there is a pickle among the checkpoints.
+    """
+    folder = Path(folder)
+    for file in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
+        if file.suffix in PICKLES:
+            raise ValueError(
+                f"{file} is a pickle, which can run any code when it is opened; "
+                "checkpoints here are safetensors and JSON. Move it away"
+            )
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        damage = "is not complete" if path.suffix else find_damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"skipped: the checkpoint {path} {damage}", stacklevel=2)
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The number of steps that a checkpoint has behind it."""
+    return int(path.name.removeprefix("step-"))
+
+
+class Checkpoints(Checkpoint):
+    """Saves every so many steps, at the end, and when asked to stop.
+
+    Ctrl-C and SIGTERM finish the step, save and raise `Stopped`; a second one ends
+    the process at once. A validation that is due is done before the checkpoint, so
+    that a run that continues from it has seen the same.
+
+    Args:
+        folder: of the checkpoints.
+        every: steps from one to the next.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 500, keep: int = 2):
+        if every < 1 or keep < 1:
+            raise ValueError(f"{every=} and {keep=} checkpoints must be at least 1")
+        self.folder = Path(folder)
+        self.every = every
+        self.keep = keep
+        self.step = 0
+        self.signal = 0
+        self.stops = False
+        self.random_states: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore the random numbers, and listen to signals until training ends."""
+        self.step = trainer.global_step
+        if self.random_states is not None:
+            random.setstate(self.random_states["python"])
+            np.random.set_state(self.random_states["numpy"])  # noqa: NPY002
+            torch.set_rng_state(self.random_states["torch"])
+            if len(self.random_states["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self.random_states["cuda"])
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, self._on_signal)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, *args: Any
+    ) -> None:
+        """Stop, if the last step was saved in order to; its figures are logged now."""
+        if self.stops:
+            raise Stopped(f"stopped and saved at step {self.step}")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop, if asked to in the last step."""
+        self.on_train_batch_start(trainer, module)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            os.write(2, b"\x1b[?25h" if os.isatty(2) else b"")  # progress bars hide it
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, b"\nsaving after this step; once more stops at once\n")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, *args: Any
+    ) -> None:
+        """Save if it is time to, unless `on_validation_end` comes first."""
+        if trainer.global_step == self.step:
+            return  # gradients are still being accumulated
+        self.step = trainer.global_step
+        loop = trainer.fit_loop
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save if it is time to."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        stops = bool(self.signal)
+        if trainer.world_size > 1:  # all processes stop after the same step
+            stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+        if stops or self.step % self.every == 0 or self.step == trainer.max_steps:
+            path = self.folder / f"step-{self.step:08}"
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                self._remove_old()
+        self.stops = stops
+
+    def _remove_old(self) -> None:
+        paths = [path for path in self.folder.glob("step-*") if not path.suffix]
+        for path in sorted(paths)[: -self.keep]:
+            SafeCheckpointIO().remove_checkpoint(path)
+        for path in self.folder.glob("step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the state of the random number generators."""
+        checkpoint["random"] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state of the random number generators until training starts."""
+        self.random_states = checkpoint["random"]

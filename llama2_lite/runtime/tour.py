@@ -1,0 +1,434 @@
+"""`llama2-lite tour`: the whole road on the built-in town, stage by stage.
+
+Each stage is an artifact in the folder of the tour: made once, found again by the
+chapters, and made anew when its recipe or code changes.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from llama2_lite.corpus import TokenDataset, write_shards
+from llama2_lite.generation import generate
+from llama2_lite.model import Llama, LlamaConfig
+from llama2_lite.pretraining import (
+    PretrainingModule,
+    TokenDataModule,
+    best_precision,
+)
+from llama2_lite.runtime.artifacts import (
+    PACKAGE,
+    Artifact,
+    artifact,
+    file_hash,
+    machine_name,
+    write_json,
+)
+from llama2_lite.runtime.progress import (
+    Samples,
+    TrainingProgress,
+    follow,
+    make_console,
+)
+from llama2_lite.runtime.training import (
+    CsvLog,
+    bits_per_character,
+    compile_blocks,
+    evaluate_loss,
+    fit,
+    prepare_process,
+    trainer_parts,
+)
+from llama2_lite.tokenizer import Tokenizer, train_tokenizer
+from llama2_lite.town import Document, Probe, Town, build_town
+
+RECIPE = PACKAGE / "configs" / "tour.yaml"
+HELD_OUT_SEED = 10**6  # added to a seed: other documents of the same kinds
+PROMPTS = ["", "Question:", "Once"]
+LABELS = {
+    "facts_trained_wording": "facts recalled, in a wording trained on",
+    "facts_unseen_wording": "facts recalled, in a wording new for them",
+    "sums_seen": "sums right, of those trained on",
+    "sums_held_out": "sums right, of those held out",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the tour makes; configs/tour.yaml has the values.
+
+    Attributes:
+        documents: of the town, to train on.
+        validation_documents: others, to measure the loss on.
+        vocab_size: of the tokenizer.
+        model: name of a size, see `LlamaConfig.preset`.
+        model_overrides: entries of that size to change.
+        max_steps: of pretraining.
+        peak_lr, warmup: see `PretrainingModule`.
+        lengths: (share of the batches, sequence length, windows of a batch).
+        compile: whether to compile the blocks.
+        validate_every, checkpoint_every: in steps.
+    """
+
+    documents: int
+    validation_documents: int
+    vocab_size: int
+    model: str
+    max_steps: int
+    peak_lr: float
+    warmup: int
+    lengths: list[list[Any]]
+    validate_every: int
+    checkpoint_every: int
+    compile: bool = False
+    model_overrides: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path | None = None) -> "Recipe":
+        """Read a YAML file, by default the one of the package.
+
+        Raises:
+            ValueError: if it is not YAML, or a key is missing or unknown.
+        """
+        path = Path(path or RECIPE)
+        try:
+            entries = yaml.safe_load(path.read_text("utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+        names = {entry.name for entry in fields(cls)}
+        needed = names - {"compile", "model_overrides"}
+        if not isinstance(entries, dict):
+            raise ValueError(f"{path} has no keys")
+        for key in entries:
+            if key not in names:
+                known = ", ".join(sorted(names))
+                raise ValueError(f"{path}: there is no key {key!r}, only {known}")
+        if missing := sorted(needed - set(entries)):
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        return cls(**entries)
+
+    def llama(self) -> LlamaConfig:
+        """The sizes of the model."""
+        return LlamaConfig.preset(
+            self.model, vocab_size=self.vocab_size, **self.model_overrides
+        )
+
+
+class Clock(Callback):
+    """Counts the seconds of training, those before an interruption too."""
+
+    def __init__(self) -> None:
+        self.seconds, self.started = 0.0, time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start."""
+        self.started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"seconds": self.elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.seconds = state_dict["seconds"]
+
+
+class Stages:
+    """The stages of the tour, each made when it is asked for and not there.
+
+    Args:
+        folder: of the tour.
+        recipe: what to make.
+        seed: of the documents, the weights and the order of the data. The town itself
+            stays the same.
+    """
+
+    def __init__(self, folder: str | Path, recipe: Recipe, seed: int = 0):
+        self.folder = Path(folder)
+        self.recipe = recipe
+        self.seed = seed
+        self.console = make_console()
+        self.town: Town = build_town()
+
+    def documents(self, n_documents: int, seed: int) -> list[Document]:
+        """Documents of the town, with a bar."""
+        documents = self.town.documents(n_documents, seed=seed)
+        return list(follow(documents, n_documents, "documents", self.console))
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[bold]{text}[/]")
+
+    def tokenizer(self) -> Artifact:
+        """``tokenizer/tokenizer.model``, learnt from the documents."""
+        recipe = self.recipe
+        config = {
+            "documents": recipe.documents,
+            "vocab_size": recipe.vocab_size,
+            "seed": self.seed,
+            "lists": town_lists(),
+        }
+
+        def build(folder: Path) -> None:
+            started = time.perf_counter()
+            self._say(f"tokenizer: learning {recipe.vocab_size:,} pieces")
+            documents = self.documents(recipe.documents, self.seed)
+            texts = (document.text for document in documents)
+            train_tokenizer(texts, folder / "tokenizer.model", recipe.vocab_size)
+            note_seconds(folder, time.perf_counter() - started)
+
+        modules = ["town", "tokenizer"]
+        return artifact(self.folder, "tokenizer", config, [], modules, build)
+
+    def corpus(self) -> Artifact:
+        """``corpus/train`` and ``corpus/validation``, shards of tokens."""
+        made = self.tokenizer()
+        recipe = self.recipe
+        config = {
+            "documents": recipe.documents,
+            "validation_documents": recipe.validation_documents,
+            "seed": self.seed,
+        }
+
+        def build(folder: Path) -> None:
+            started = time.perf_counter()
+            self._say(f"corpus: {recipe.documents:,} documents of the town")
+            tokenizer = Tokenizer(made.path / "tokenizer.model")
+            for name, n_documents, seed in [
+                ("train", recipe.documents, self.seed),
+                ("validation", recipe.validation_documents, self.seed + HELD_OUT_SEED),
+            ]:
+                documents = self.documents(n_documents, seed)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                texts = (document.text for document in documents)
+                write_shards(texts, tokenizer, folder / name)
+            bits = sum(document.bits for document in documents)
+            n_characters = sum(len(document.text) for document in documents)
+            write_json(folder / "estimate.json", {"bits": bits / n_characters})
+            note_seconds(folder, time.perf_counter() - started)
+
+        return artifact(self.folder, "corpus", config, [made], ["corpus"], build)
+
+    def base(self) -> Artifact:
+        """``base``: the pretrained model, with its tokenizer and its logs."""
+        corpus, made = self.corpus(), self.tokenizer()
+        recipe = self.recipe
+        training = ("max_steps", "peak_lr", "warmup", "lengths", "compile")
+        config = {name: getattr(recipe, name) for name in training}
+        config |= {"llama": asdict(recipe.llama()), "seed": self.seed}
+
+        def build(folder: Path) -> None:
+            self._train(folder, corpus, Tokenizer(made.path / "tokenizer.model"))
+
+        modules = ["layers", "attention", "model", "pretraining", "corpus"]
+        return artifact(self.folder, "base", config, [corpus], modules, build)
+
+    def _train(self, folder: Path, corpus: Artifact, tokenizer: Tokenizer) -> None:
+        """Pretrain in a folder, and leave a model and its logs there."""
+        recipe, clock = self.recipe, Clock()
+        if (folder / "seconds.json").is_file():  # stopped while cleaning up
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            return
+        config = recipe.llama()
+        self._say(f"base: pretraining {config.parameter_count():,} parameters")
+        lengths = [tuple(length) for length in recipe.lengths]
+        data = TokenDataModule(
+            corpus.path / "train",
+            corpus.path / "validation",
+            lengths,
+            validation_windows=32,
+            seed=self.seed,
+        )
+        keywords: dict[str, Any] = {"lay_out": compile_blocks} if recipe.compile else {}
+        module = PretrainingModule(
+            config, recipe.peak_lr, recipe.warmup, seed=self.seed, **keywords
+        )
+        parts = trainer_parts(
+            folder,
+            folder,
+            lambda: tokenizer,
+            checkpoint_every=recipe.checkpoint_every,
+            callbacks=[
+                TrainingProgress("base", self.console),
+                Samples(lambda: tokenizer, PROMPTS, self.console),
+                clock,
+            ],
+        )
+        trainer = Trainer(
+            **parts,
+            max_steps=recipe.max_steps,
+            val_check_interval=recipe.validate_every,
+            log_every_n_steps=10,
+            precision=best_precision(),  # type: ignore[arg-type]
+        )
+        fit(trainer, module, data, folder, self._say)
+        note_seconds(folder, clock.elapsed())
+        shutil.rmtree(folder / "checkpoints")
+
+    def evaluation(self) -> Artifact:
+        """``evaluation/report.json``: what the base model knows."""
+        base, corpus, made = self.base(), self.corpus(), self.tokenizer()
+
+        def build(folder: Path) -> None:
+            self._say("evaluation: facts and sums")
+            report = self._report(base, corpus, made)
+            write_json(folder / "report.json", report)
+
+        modules = ["generation", "runtime.tour"]
+        inputs = [base, corpus]
+        return artifact(self.folder, "evaluation", {}, inputs, modules, build)
+
+    def _report(self, base: Artifact, corpus: Artifact, made: Artifact) -> Any:
+        started = time.perf_counter()
+        model = Llama.from_pretrained(base.path)
+        tokenizer = Tokenizer(made.path / "tokenizer.model")
+        length = max(length for _, length, _ in self.recipe.lengths)
+        held_out = TokenDataset(corpus.path / "validation", length)
+        loss = evaluate_loss(model, held_out, batch_size=8)
+        questions = {
+            "facts_trained_wording": self.town.fact_probes("trained"),
+            "facts_unseen_wording": self.town.fact_probes("unseen_wording"),
+            "sums_seen": self.town.sum_probes("seen"),
+            "sums_held_out": self.town.sum_probes("held_out"),
+        }
+        rows = CsvLog(base.path / "logs" / "metrics.csv").read()
+        paces = [float(row["tokens_per_second"] or 0) for row in rows]
+        stages = {"tokenizer": made, "corpus": corpus, "base": base}
+        seconds = {name: read_seconds(stage.path) for name, stage in stages.items()}
+        right = {
+            name: share_right(model, tokenizer, probes)
+            for name, probes in questions.items()
+        }
+        seconds["evaluation"] = time.perf_counter() - started
+        return {
+            "parameters": model.config.parameter_count(),
+            "training_tokens": self._n_tokens(),
+            "loss": loss,
+            "bits_per_character": bits_per_character(loss, held_out),
+            "estimate": json.loads((corpus.path / "estimate.json").read_text())["bits"],
+            "right": right,
+            "questions": {name: len(probes) for name, probes in questions.items()},
+            "tokens_per_second": statistics.median([pace for pace in paces if pace]),
+            "minutes": {name: value / 60 for name, value in seconds.items()},
+            "seed": self.seed,
+            "machine": machine_name(),
+        }
+
+    def _n_tokens(self) -> int:
+        steps = self.recipe.max_steps
+        shares = self.recipe.lengths
+        return sum(
+            round(share * steps) * length * rows for share, length, rows in shares
+        )
+
+
+def town_lists() -> dict[str, str]:
+    """The hashes of the lists that the town is made of."""
+    folder = PACKAGE.parent / "data"
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def note_seconds(folder: Path, seconds: float) -> None:
+    """Remember how long a stage took."""
+    write_json(folder / "seconds.json", seconds)
+
+
+def read_seconds(folder: Path) -> float:
+    """How long a stage took."""
+    return float(json.loads((folder / "seconds.json").read_text()))
+
+
+def share_right(
+    model: Llama, tokenizer: Tokenizer, probes: Sequence[Probe], batch_size: int = 64
+) -> float:
+    """The share of probes whose greedy continuation begins with the answer."""
+    encoded = [(tokenizer.encode(probe.prompt, bos=True), probe) for probe in probes]
+    encoded.sort(key=lambda pair: len(pair[0]))
+    n_right = 0
+    for start in range(0, len(encoded), batch_size):
+        batch = encoded[start : start + batch_size]
+        longest = max(len(tokenizer.encode(probe.answer)) for _, probe in batch)
+        made = generate(
+            model,
+            [ids for ids, _ in batch],
+            max_new_tokens=longest + 2,
+            temperature=0.0,
+            stop_ids=[tokenizer.eos_id],
+        )
+        for (ids, probe), new in zip(batch, made.ids, strict=True):
+            text = tokenizer.decode(ids + new)
+            n_right += text.startswith(probe.prompt + probe.answer)
+    return n_right / len(encoded)
+
+
+def default_folder() -> Path:
+    """``runs/tour`` of the repository, or of this folder where there is none."""
+    is_repository = (PACKAGE.parent / "pyproject.toml").is_file()
+    return (PACKAGE.parent if is_repository else Path.cwd()) / "runs" / "tour"
+
+
+def tour_artifacts(
+    folder: str | Path | None = None,
+    seed: int = 0,
+    recipe: str | Path | None = None,
+) -> dict[str, Path]:
+    """The folders of the tour's stages, made where they are missing.
+
+    Args:
+        folder: of the tour; the repository's ``runs/tour`` if left out.
+        seed: see `Stages`.
+        recipe: a YAML file; configs/tour.yaml if left out.
+    """
+    prepare_process()
+    stages = Stages(folder or default_folder(), Recipe.read(recipe), seed)
+    made = (stages.tokenizer(), stages.corpus(), stages.base())
+    return {stage.path.name: stage.path for stage in made}
+
+
+def base_model() -> Path:
+    """The folder of the tour's base model, trained first if it is not there."""
+    return tour_artifacts()["base"]
+
+
+def tour(
+    folder: str | Path, seed: int = 0, recipe: str | Path | None = None
+) -> dict[str, Any]:
+    """Make all stages, print the table and write ``report.json``."""
+    prepare_process()
+    stages = Stages(folder, Recipe.read(recipe), seed)
+    report = json.loads((stages.evaluation().path / "report.json").read_text())
+    write_json(stages.folder / "report.json", report)
+    print_report(report, stages.folder)
+    return report
+
+
+def print_report(report: dict[str, Any], folder: Path) -> None:
+    """The report as a table."""
+    table = Table(title=f"the base model, {report['parameters']:,} parameters")
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("loss, bits per character", f"{report['bits_per_character']:.3f}")
+    table.add_row("the town's entropy, at most", f"{report['estimate']:.3f}")
+    for name, share in report["right"].items():
+        table.add_row(LABELS[name], f"{share:.1%}")
+    table.add_row("tokens/s in training", f"{report['tokens_per_second']:,.0f}")
+    for name, minutes in report["minutes"].items():
+        table.add_row(f"minutes, {name}", f"{minutes:.1f}")
+    table.add_row("minutes in all", f"{sum(report['minutes'].values()):.1f}")
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print(f"all of it is in {folder}, the figures in {folder / 'report.json'}")
