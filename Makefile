@@ -61,13 +61,15 @@ bench: $(READY)  ## compare speed with transformers
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/decoding.py
 
-# What a fresh environment holds, without what differs between machines.
-lock:  ## choose the newest versions of all dependencies anew
+# What a fresh environment holds, without what differs between machines: torch chooses
+# the packages for the GPU by itself. Its version is the one the figures were measured with.
+lock:  ## choose the newest versions of all dependencies but torch
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install '.[book,dev]'
+	.venv-lock/bin/pip install torch==2.13.0 '.[book,dev]'
 	.venv-lock/bin/pip freeze --all --exclude pip --exclude llama2_lite \
-		| sed -e '/^nvidia-/d' -e '/^triton/d' -e 's/+[a-z0-9.]*$$//' > requirements.lock
+		| sed -E -e '/^(nvidia|cuda|triton)/d' \
+		-e 's/\+[a-z0-9.]*$$//' > requirements.lock
 	rm -rf .venv-lock
 
 $(READY): requirements.lock pyproject.toml
