@@ -23,13 +23,11 @@ Item = dict[str, Any]
 
 @cache
 def read_list(name: str) -> Item:
-    """Read ``data/<name>.yaml``, from the repository or from an installed package."""
-    package = Path(llama2_lite.__file__).parent
-    for folder in (package / "data", package.parent / "data"):
-        path = folder / f"{name}.yaml"
-        if path.exists():
-            return yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    raise FileNotFoundError(f"there is no {name}.yaml in {folder}")
+    """Read ``data/<name>.yaml`` of the repository that this package lies in."""
+    path = Path(llama2_lite.__file__).parents[1] / "data" / f"{name}.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; the package runs from a clone")
+    return yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
 
 
 def choose_named(name: str, what: str, options: Item) -> Any:
@@ -114,6 +112,12 @@ def add_requests(items: list[Item], language: Item, random: Random) -> None:
         item["reference"] = [text.format(**item, **more) for text, more in variants]
 
 
+def word_forms(who: str, whose: str, whom: str) -> Item:
+    """What a wording may call somebody, within a sentence and at its start."""
+    forms = {"who": who, "whose": whose, "whom": whom}
+    return forms | {key.title(): f[0].upper() + f[1:] for key, f in forms.items()}
+
+
 def make_facts(people: list[Item], random: Random) -> list[Item]:
     """List what is known about everybody, with all wordings of it.
 
@@ -129,10 +133,8 @@ def make_facts(people: list[Item], random: Random) -> list[Item]:
         person |= {"He": he.title(), "his": his, "him": him}
         fact = {"attribute": attribute, "value": value, "content": (value,)}
         fact |= {"subject": name, "group": name, "rivals": tuple(language["values"])}
-        fact |= {"who": name, "whom": name, "Who": name}
-        fact |= {"whose": f"{name}'s", "Whose": f"{name}'s"}
-        pronouns = {"who": he, "whom": him, "Who": he.title(), "whose": his}
-        pronouns |= {"Whose": his.title(), "value": value}
+        fact |= word_forms(name, f"{name}'s", name)
+        pronouns = word_forms(he, his, him) | {"value": value}
         told, untold = split_wordings(language["told"], lists["withheld"], random)
         fact["told"] = [wording.format(**fact) for wording in told]
         fact["untold"] = [wording.format(**fact) for wording in untold]
@@ -155,18 +157,15 @@ def make_items(kind: str, people: list[Item], random: Random) -> list[Item]:
             item |= {"subject": f"{a} {b}", "group": f"{min(a, b)} {max(a, b)}"}
             items.append(item | {"content": (item["c"],)})
     elif kind == "opposite":
-        rivals = tuple(word for pair in language["pairs"] for word in pair)
-        both_ways = [
-            (a, b) for pair in language["pairs"] for a, b in (pair, pair[::-1])
-        ]
+        pairs = language["pairs"]
+        rivals = tuple(word for pair in pairs for word in pair)
+        both_ways = [*pairs, *([other, word] for word, other in pairs)]
         for word, other in both_ways:
             item = {"word": word, "other": other, "subject": word, "rivals": rivals}
             items.append(item | {"content": (other,)})
     elif kind == "list":
-        categories, numbers = (
-            language["categories"].items(),
-            language["numbers"].items(),
-        )
+        categories = language["categories"].items()
+        numbers = language["numbers"].items()
         for (category, members), (n, wanted) in product(categories, numbers):
             item = {"category": category, "n": n, "wanted": wanted, "subject": category}
             item |= {"group": f"{n} {category}", "content": tuple(members)}
@@ -278,7 +277,7 @@ def make_ledgers(n_ledgers: int, random: Random) -> list[str]:
         brought = [lines["brought"][0].replace("1", str(row)) for row in rows]
         taken = [lines["taken"][0].replace("1", str(row)) for row in rows]
         day = ["The ledger of the {place}.", "In the morning:", *brought]
-        day += ["During the day:"] + ["{meanwhile}"] * random.randint(8, 45)
+        day += ["During the day:"] + ["{meanwhile}"] * random.randint(12, 60)
         day += ["In the evening:", *random.sample(taken, len(rows))]
         ledgers.append("\n".join(day))
     return ledgers
