@@ -148,6 +148,7 @@ def make_facts(people: list[Item], random: Random) -> list[Item]:
 def make_items(kind: str, people: list[Item], random: Random) -> list[Item]:
     """List what else can be asked about: sums, words, things to do and for whom."""
     language = read_list("tasks")[kind]
+    names = [person["name"] for person in people]
     items: list[Item] = []
     if kind == "sum":
         numbers = range(1, language["largest"] + 1)
@@ -173,9 +174,9 @@ def make_items(kind: str, people: list[Item], random: Random) -> list[Item]:
             items.append(item | {"variants": [{"members": m} for m in samples]})
     elif kind == "story":
         for word in language["words"]:
-            items.append({"word": word, "subject": word, "content": (word,)})
+            items.append({"word": word, "subject": word, "content": (word, *names)})
     else:
-        names = [person["name"] for person in people] if kind != "howto" else [""]
+        names = names if kind != "howto" else [""]
         for (action, steps), name in product(language["items"].items(), names):
             texts = [text.format(name=name) for text in (action, *steps.split("; "))]
             keys = ("action", "step1", "step2", "step3", "offer")
@@ -432,7 +433,7 @@ class Town:
             flaw: random.choice(texts) for flaw, texts in lists["remarks"].items()
         }
         others = [i for i in self.items[task.kind] if i["content"] != task.content]
-        answers = remarks | {"terse": f"{without_article(task.content[-1]).title()}."}
+        answers = remarks | {"terse": f"{without_article(task.content[0]).title()}."}
         elsewhere = self.items["opposite" if task.kind == "howto" else "howto"]
         answers["off_topic"] = random.choice(elsewhere)["reference"][0]
         answers["wrong"] = self.good_answer(task.kind, random.choice(others), random)
@@ -511,8 +512,9 @@ def correctness(task: Task, answer: str) -> tuple[float, bool]:
         members = re.split(r",| and ", answer.rpartition(":")[2])
         return min(len(found), task.wanted) / max(len(members), task.wanted), False
     if task.kind == "story":
-        length = min(1.0, len(re.findall(r"[.!?]", answer)) / 3)
-        return length * (1 if found else 0.3), False
+        word, *names = task.content
+        told = 0.1 + 0.6 * (word in found) + 0.3 * any(name in found for name in names)
+        return told * min(1.0, len(re.findall(r"[.!?]", answer)) / 3), False
     steps = [{word for word in words_of(s) if len(word) > 3} for s in task.content]
     shares = [len(step & set(words_of(answer))) / len(step) for step in steps]
     return sum(shares) / max(1, len(shares)), False
@@ -523,7 +525,7 @@ def fitting_length(task: Task, answer: str) -> float:
     wanted, actual = len(words_of(task.reference)), len(words_of(answer))
     if 2 * actual < wanted:
         return 0.5 + actual / wanted
-    return min(1.0, (2 * wanted + 20) / actual)
+    return min(1.0, (2 * wanted + 10) / actual)
 
 
 class Rating(NamedTuple):
