@@ -1,4 +1,4 @@
-"""The model.
+"""The Llama.
 
 Exported from book/07_model.md, which explains every part. Edit it there,
 then `make export`.
@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,15 @@ from llama2_lite.attention import Attention, KVCache
 from llama2_lite.layers import FeedForward, RMSNorm, feed_forward_size, rope_table
 from llama2_lite.tokenizer import Tokenizer
 
-PRESET_KEYS = (
+PARAMS = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier"),
     *("vocab_size", "max_seq_len", "tie_embeddings"),
 )
-# As Meta's params.json files have it, and as Code Llama 34B has it for the 34B model,
-# which was not released. The "1b" is TinyLlama's (Zhang et al., 2024), "15m" and "110m"
-# are known from llama2.c, the others are this book's.
+# As Meta's params.json files have them; 34b as Code Llama 34B has them, because Llama 2
+# 34B was not released; 1b as TinyLlama (Zhang et al., 2024), 110m and 15m as llama2.c.
 PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(zip(PRESET_KEYS, values, strict=True))
+    name: dict(zip(PARAMS, values, strict=True))
     for name, *values in [
-        # name, dim, layers, heads, key-value heads, multiple of, multiplier,
-        # vocabulary, context, tied
         ("7b", 4096, 32, 32, 32, 256, None, 32000, 4096, False),
         ("13b", 5120, 40, 40, 40, 256, None, 32000, 4096, False),
         ("34b", 8192, 48, 64, 8, 256, 1.0, 32000, 4096, False),
@@ -57,10 +53,10 @@ class LlamaConfig:
     Attributes:
         dim: model width, C.
         n_layers: number of blocks, L.
-        n_heads: query heads, H; must divide ``dim``, with an even quotient D.
+        n_heads: query heads, H; must divide ``dim``, and leave an even D.
         n_kv_heads: key-value heads, K; must divide ``n_heads``.
         vocab_size: number of token ids, V.
-        hidden_dim: width inside the feed-forward layer.
+        hidden_dim: width inside the feed-forward layer, F.
         norm_eps: added to the mean square in RMSNorm.
         max_seq_len: context, in tokens.
         rope_theta: base of the rotary wavelengths.
@@ -85,19 +81,15 @@ class LlamaConfig:
         for name, value in vars(self).items():
             if name != "tie_embeddings" and not value > 0:
                 raise ValueError(f"{name} must be positive, but is {value}")
-        if self.dim % self.n_heads:
-            raise ValueError(
-                f"n_heads = {self.n_heads} does not divide dim = {self.dim}"
-            )
+        for small, large in (("n_heads", "dim"), ("n_kv_heads", "n_heads")):
+            divisor, number = getattr(self, small), getattr(self, large)
+            if number % divisor:
+                raise ValueError(
+                    f"{small} = {divisor} does not divide {large} = {number}"
+                )
         if self.head_dim % 2:
             raise ValueError(
-                f"dim / n_heads must be even for rotary pairs, but {self.dim} / "
-                f"{self.n_heads} is {self.head_dim}"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = "
-                f"{self.n_heads}"
+                f"dim / n_heads must be even, for rotary pairs, but is {self.head_dim}"
             )
 
     @property
@@ -109,16 +101,19 @@ class LlamaConfig:
     def from_params(cls, params: dict[str, Any]) -> "LlamaConfig":
         """From the entries of one of Meta's params.json files.
 
-        These give no ``hidden_dim`` but how to round it, and no key-value heads where
-        every query head has its own.
+        Raises:
+            ValueError: if an entry is unknown or missing.
         """
-        params = dict(params)
-        params.setdefault("n_kv_heads", params["n_heads"])
+        params = {"n_kv_heads": params.get("n_heads"), **params}
         multiple_of = params.pop("multiple_of", 256)
         multiplier = params.pop("ffn_dim_multiplier", None)
-        size = feed_forward_size(params["dim"], multiple_of, multiplier)
-        params.setdefault("hidden_dim", size)
-        return cls(**params)
+        if "dim" in params and "hidden_dim" not in params:
+            size = feed_forward_size(params["dim"], multiple_of, multiplier)
+            params["hidden_dim"] = size
+        try:
+            return cls(**params)
+        except TypeError as error:
+            raise ValueError(f"the sizes of a Llama: {error}") from None
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LlamaConfig":
@@ -132,18 +127,18 @@ class LlamaConfig:
         return cls.from_params(PRESETS[name] | overrides)
 
     def parameter_count(self) -> int:
-        """Number of parameters, computed without building the model."""
+        """Number of parameters, by arithmetic."""
         attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
         feed_forward = 3 * self.dim * self.hidden_dim
-        layer = attention + feed_forward + 2 * self.dim
+        block = attention + feed_forward + 2 * self.dim
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        return embeddings + self.n_layers * layer + self.dim
+        return embeddings + self.n_layers * block + self.dim
 
 
 class TransformerBlock(nn.Module):
     """Attention, then the feed-forward layer, each normalised before and added after.
 
-    Source: paper §2.2 ("pre-normalization"); Touvron et al., 2023.
+    Source: paper §2.2; Meta's llama/model.py.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -188,17 +183,16 @@ class Llama(nn.Module):
     def init_weights(self) -> None:
         """Fill all parameters and the rotary tables, on the device they are on.
 
-        Normal with standard deviation 0.02, divided by sqrt(2 L) for the two matrices
-        that write to the residual stream. The paper gives none; this is GPT-2's
-        (Radford et al., 2019).
+        Normal with standard deviation 0.02, divided by sqrt(2 L) for the matrices that
+        write to the residual stream. Source: Radford et al., 2019 (the paper: none).
         """
         self._derive()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
-                residual = name.endswith(("wo.weight", "w2.weight"))
-                scale = math.sqrt(2 * self.config.n_layers) if residual else 1.0
+                writes = name.endswith(("wo.weight", "w2.weight"))
+                scale = math.sqrt(2 * self.config.n_layers) if writes else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
 
     def _derive(self) -> None:
@@ -238,11 +232,11 @@ class Llama(nn.Module):
             start = cache[0].length if cache else 0
             end = start + tokens.shape[1]
             if end > self.config.max_seq_len:
+                context = self.config.max_seq_len
                 raise ValueError(
-                    f"{end} tokens are longer than the context of "
-                    f"{self.config.max_seq_len}"
+                    f"{end} tokens do not fit into the context of {context}"
                 )
-            cos, sin = self.cos[start:end], self.sin[start:end]
+            cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D/2)
         else:
             cos, sin = self.cos[positions], self.sin[positions]
         x = self.tok_embeddings(tokens)  # (B, T, C)
@@ -282,26 +276,24 @@ class Llama(nn.Module):
         config, shards = (read_meta if is_meta else read_hugging_face)(folder)
         with torch.device("meta"):
             model = cls(config)
+        parameters = dict(model.named_parameters())
         names = {
-            name: name if is_meta else hugging_face_name(name)
-            for name, _ in model.named_parameters()
+            name: name if is_meta else hugging_face_name(name) for name in parameters
         }
         for shard in shards:
-            _check_names(folder, set(names.values()), set(shard))
-        stored = shards[0][names["norm.weight"]].dtype
-        model.to(dtype or stored).to_empty(device=device)
-        model._derive()
-        for name, parameter in model.named_parameters():
-            tensor = _join(name, [shard[names[name]] for shard in shards])
-            if tensor.shape != parameter.shape:
+            check_names(folder, set(names.values()), set(shard))
+        for name, expected in parameters.items():
+            tensor = join_shards(name, [shard[names[name]] for shard in shards])
+            if tensor.shape != expected.shape:
                 raise ValueError(
                     f"{folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
-                    f"but the configuration asks for {tuple(parameter.shape)}"
+                    f"but its configuration asks for {tuple(expected.shape)}"
                 )
             if not is_meta and name.endswith(ROTARY):
                 tensor = rotary_pairs(tensor, config.head_dim)
-            with torch.no_grad():
-                parameter.copy_(tensor)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner.weight = nn.Parameter(tensor.to(device, dtype, copy=True))
+        model._derive()
         return model.eval()
 
     def save_pretrained(
@@ -335,18 +327,15 @@ class Llama(nn.Module):
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         beside.mkdir(parents=True)
         try:
-            _write_weights(self, beside, shard_bytes)
-            _write_settings(self.config, beside, tokenizer)
-            _move(beside, folder)
+            write_weights(self, beside, shard_bytes)
+            write_settings(self.config, beside, tokenizer)
+            move_into_place(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-WEIGHTS = "model.safetensors"
-ROTARY = ("wq.weight", "wk.weight")
 HUGGING_FACE_NAMES = {
     "tok_embeddings": "model.embed_tokens",
-    "layers": "model.layers",
     "norm": "model.norm",
     "output": "lm_head",
     "attention_norm": "input_layernorm",
@@ -370,6 +359,20 @@ def hugging_face_name(name: str) -> str:
     return f"model.layers.{index}.{HUGGING_FACE_NAMES[part]}.weight"
 
 
+def check_names(folder: Path, expected: set[str], found: set[str]) -> None:
+    """Refuse a folder that lacks a tensor, or holds one that we would ignore."""
+    for names, problem in (
+        (expected - found, "is missing"),
+        (found - expected, "is not expected"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{folder}: tensor {min(names)} {problem}{more}")
+
+
+ROTARY = ("wq.weight", "wk.weight")
+
+
 def rotary_halves(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a query or key matrix, from pairs (2i, 2i+1) to pairs (i, i + D/2)."""
     rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])
@@ -380,77 +383,6 @@ def rotary_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """The inverse of `rotary_halves`."""
     rows = weight.view(-1, 2, head_dim // 2, weight.shape[1])
     return rows.transpose(1, 2).reshape(weight.shape)
-
-
-def read_hugging_face(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:
-    """The configuration and the tensors, mapped into memory, of a Hugging Face folder.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is not safetensors; a pickle is never opened.
-    """
-    config = _read_config(folder / "config.json")
-    index, files = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
-    if index.is_file():
-        files = sorted(set(_read_json(index)["weight_map"].values()))
-    elif not (folder / WEIGHTS).is_file() and (pickles := [*folder.glob("*.bin")]):
-        raise ValueError(
-            f"{pickles[0]} is a pickle, which can run any code when it is opened: "
-            f"a model needs {WEIGHTS}"
-        )
-    tensors: dict[str, Tensor] = {}
-    for path in (folder / file for file in files):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
-        try:
-            with safe_open(path, framework="pt") as opened:
-                names = opened.keys()
-                tensors |= {name: opened.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a complete safetensors file: {error}"
-            ) from None
-    if config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)
-    old = "rotary_emb.inv_freq"  # which old folders store needlessly
-    return config, [{k: v for k, v in tensors.items() if not k.endswith(old)}]
-
-
-def read_meta(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:
-    """The configuration and the shards, mapped into memory, of Meta's own layout.
-
-    Its consolidated.NN.pth are the only pickles that are ever opened, and only with
-    ``weights_only=True``.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths or not (folder / "params.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a model: it has neither config.json nor params.json "
-            "with consolidated.NN.pth"
-        )
-    shards = [
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for path in paths
-    ]
-    for shard in shards:
-        shard.pop("rope.freqs", None)
-    params = _read_json(folder / "params.json")
-    if params.get("vocab_size", -1) < 0:  # in Meta's code the tokenizer decides
-        params["vocab_size"] = shards[0]["tok_embeddings.weight"].shape[0]
-    return LlamaConfig.from_params(params), shards
-
-
-def _join(name: str, parts: list[Tensor]) -> Tensor:
-    """One matrix of the parts that Meta's tensor-parallel processes hold."""
-    if len(parts) == 1 or parts[0].dim() == 1:
-        return parts[0]
-    by_input = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
-    return torch.cat(parts, dim=1 if by_input else 0)
 
 
 CONFIG_KEYS = {
@@ -464,70 +396,107 @@ CONFIG_KEYS = {
     "max_seq_len": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
-# What transformers assumes where config.json is silent.
-DEFAULTS = {
-    "num_key_value_heads": None,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
 
 
-def _check_names(folder: Path, expected: Iterable[str], found: set[str]) -> None:
-    expected = set(expected)
-    for names, what in (
-        (expected - found, "is missing"),
-        (found - expected, "is not expected"),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{folder}: tensor {min(names)} {what}{more}")
+def read_config(path: Path) -> LlamaConfig:
+    """The sizes in a config.json of transformers.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def _read_config(path: Path) -> LlamaConfig:
-    """The sizes in transformers' config.json; refuses what a Llama 2 does not have."""
-    given = _read_json(path)
+    Raises:
+        ValueError: if it lacks one, or describes what a Llama 2 does not have.
+    """
+    given = read_json(path)
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    expected = {
+    features = {
         "model_type": (given.get("model_type"), "llama"),
         "hidden_act": (given.get("hidden_act", "silu"), "silu"),
         "attention_bias": (given.get("attention_bias", False), False),
         "mlp_bias": (given.get("mlp_bias", False), False),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
-    for key, (value, needed) in expected.items():
-        if value != needed:
-            raise ValueError(
-                f"{path}: {key} is {value!r}, but a Llama 2 has {needed!r}"
-            )
-    missing = [key for key in CONFIG_KEYS.values() if key not in given | DEFAULTS]
-    if missing:
+    for key, (value, ours) in features.items():
+        if value != ours:
+            raise ValueError(f"{path}: {key} is {value!r}, but a Llama 2 has {ours!r}")
+    silent: dict[str, Any] = {  # what transformers takes where the file says nothing
+        "num_key_value_heads": given.get("num_attention_heads"),
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    found = silent | given
+    sizes: dict[str, Any] = {ours: found.get(key) for ours, key in CONFIG_KEYS.items()}
+    if missing := [CONFIG_KEYS[ours] for ours, value in sizes.items() if value is None]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    given = DEFAULTS | {"num_key_value_heads": given["num_attention_heads"]} | given
-    theta: float = rope.get("rope_theta") or given.get("rope_theta", 10000.0)
-    sizes = {ours: given[theirs] for ours, theirs in CONFIG_KEYS.items()}
-    config = LlamaConfig(**sizes, rope_theta=theta)
+    theta = rope.get("rope_theta") or given.get("rope_theta", 10000.0)
+    try:
+        config = LlamaConfig(**sizes, rope_theta=theta)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if given.get("head_dim") not in (None, config.head_dim):
         raise ValueError(
-            f"{path}: head_dim is {given['head_dim']}, but a Llama 2 has hidden_size / "
-            f"num_attention_heads, {config.head_dim}"
+            f"{path}: head_dim is {given['head_dim']}, but a Llama 2 has "
+            f"hidden_size / num_attention_heads = {config.head_dim}"
         )
     return config
 
 
-def _write_weights(model: Llama, folder: Path, shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+WEIGHTS = "model.safetensors"
+
+
+def read_hugging_face(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:
+    """The configuration and the tensors, mapped into memory, of a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not safetensors.
+    """
+    config = read_config(folder / "config.json")
+    index, files = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
+    if index.is_file():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    elif not (folder / WEIGHTS).is_file() and (pickles := sorted(folder.glob("*.bin"))):
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run any program when it is opened; "
+            f"a model needs {WEIGHTS}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for path in (folder / file for file in files):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = opened.keys()
+                tensors |= {name: opened.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file: {error}"
+            ) from None
+    if config.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+    # old folders store the rotary wavelengths, which follow from the configuration
+    derived = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]
+    for name in derived:
+        del tensors[name]
+    return config, [tensors]
+
+
+def write_weights(model: Llama, folder: Path, shard_bytes: int) -> None:
+    """Write safetensors: one file, or several and an index."""
     parameters = dict(model.named_parameters())
+    shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, parameter in parameters.items():
-        if parameter.nbytes > room and shards[-1]:
+        if shards[-1] and parameter.nbytes > room:
             shards.append([])
             room = shard_bytes
         shards[-1].append(name)
@@ -547,40 +516,35 @@ def _write_weights(model: Llama, folder: Path, shard_bytes: int) -> None:
     if len(shards) > 1:
         size = sum(parameter.nbytes for parameter in parameters.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / f"{WEIGHTS}.index.json", index)
+        write_json(folder / f"{WEIGHTS}.index.json", index)
 
 
-def _write_settings(
+def write_settings(
     config: LlamaConfig, folder: Path, tokenizer: Tokenizer | None
 ) -> None:
+    """Write config.json and what transformers needs for tokenizing and generating."""
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        _write_json(
-            folder / "tokenizer_config.json",
-            {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
-        )
-    _write_json(folder / "generation_config.json", ids)
-    sizes = {theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()}
-    rope = {"rope_theta": config.rope_theta}
-    _write_json(
-        folder / "config.json",
-        {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        | sizes
-        | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        | rope  # up to transformers 4
-        | {"rope_parameters": rope | {"rope_type": "default"}}
-        | ids,
-    )
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", ids)
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    sizes = {key: getattr(config, ours) for ours, key in CONFIG_KEYS.items()}
+    # transformers 4 looks for the first of these, 5 for the second
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta}
+    rope |= {"rope_parameters": rope | {"rope_type": "default"}}
+    write_json(folder / "config.json", kind | sizes | rope | ids)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write one JSON object."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _move(beside: Path, folder: Path) -> None:
-    """Put a finished folder in place, configuration last."""
+def move_into_place(beside: Path, folder: Path) -> None:
+    """Make a finished folder the model, its config.json last."""
     for file in beside.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -592,3 +556,45 @@ def _move(beside: Path, folder: Path) -> None:
         old.unlink(missing_ok=True)
     for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(folder / file.name)
+
+
+def read_meta(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:
+    """The configuration and the shards, mapped into memory, of Meta's own layout.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if a file holds anything else than tensors.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths or not (folder / "params.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a model: it has neither config.json nor params.json "
+            "with consolidated.NN.pth"
+        )
+    shards = [read_pickled_tensors(path) for path in paths]
+    for shard in shards:
+        shard.pop("rope.freqs", None)  # follows from the configuration
+    params = read_json(folder / "params.json")
+    if params.get("vocab_size", -1) < 0 and "tok_embeddings.weight" in shards[0]:
+        # -1 says: as the tokenizer has it
+        params["vocab_size"] = shards[0]["tok_embeddings.weight"].shape[0]
+    return LlamaConfig.from_params(params), shards
+
+
+def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .pth file, by a reader that runs nothing else in it."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # any kind, depending on where the file is broken
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as tensors only: {reason}") from None
+
+
+def join_shards(name: str, parts: list[Tensor]) -> Tensor:
+    """Put the parts of one matrix together. Source: Meta's llama/model.py."""
+    if len(parts) == 1 or parts[0].dim() == 1:
+        return parts[0]
+    by_columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+    return torch.cat(parts, dim=1 if by_columns else 0)
