@@ -400,6 +400,9 @@ def test_bad_input_is_one_sentence(book: Path, capsys):
     (book / "book" / "01_sums.ipynb").write_text("{")
     assert tool(book, "sync") == 1
     assert "01_sums.ipynb is not a notebook" in capsys.readouterr().err
+    (book / "book" / "01_sums.md").write_text("---\njupytext: [\n---\n# Title\n")
+    assert tool(book, "sync") == 1
+    assert "01_sums.md cannot be read as a chapter" in capsys.readouterr().err
 
 
 def test_stored_study_is_caught_when_its_code_changes(book: Path, capsys):

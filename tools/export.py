@@ -41,7 +41,7 @@ def check(chapter: Chapter) -> list[str]:
     for path in (chapter.text, chapter.notebook):
         if not path.exists():
             return [f"book/{path.name} is missing; `make sync` makes it"]
-    text, notebook = chapter.text.read_text(encoding="utf-8"), load(chapter)
+    (text, edited), notebook = parse(chapter), load(chapter)
     problems = []
     if text != render(notebook):
         changes = diff(render(notebook), text, ipynb, md)
@@ -49,7 +49,7 @@ def check(chapter: Chapter) -> list[str]:
     elif notebook.metadata.get("text_hash") != digest(text):
         problems.append(f"{ipynb} does not say which text it belongs to; `make sync`")
 
-    source = module_source(chapter, parse(text))
+    source = module_source(chapter, edited)
     module = str(chapter.module.relative_to(chapter.root))
     actual = chapter.module.read_text("utf-8") if chapter.module.exists() else ""
     if source is None and is_export_of(chapter):
@@ -62,7 +62,7 @@ def check(chapter: Chapter) -> list[str]:
             f"right, `make pull` if the module is\n{diff(source, actual, md, module)}"
         )
     problems += stale(chapter, notebook)
-    for cell in code_cells(parse(text)):
+    for cell in code_cells(edited):
         problems += [f"{md}: the cell {problem}" for problem in bad_cell(cell)]
     return problems
 

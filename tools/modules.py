@@ -185,7 +185,7 @@ def pull(chapter: Chapter) -> str | None:
             that one does, or differs in another way that cannot be pulled back.
     """
     module = chapter.module.relative_to(chapter.root)
-    notebook = parse(chapter.text.read_text(encoding="utf-8"))
+    notebook = parse(chapter)[1]
     before = module_source(chapter, notebook)
     if before is None or not chapter.module.exists():
         return None

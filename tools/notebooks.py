@@ -82,12 +82,17 @@ def diff(old: str, new: str, old_name: str, new_name: str) -> str:
 # The pair
 
 
-def parse(text: str) -> NotebookNode:
-    """The notebook of a text; its cells have no ids, jupytext's being random."""
-    notebook = jupytext.reads(text, fmt="md:myst")
+def parse(chapter: Chapter) -> tuple[str, NotebookNode]:
+    """The text of a chapter, and its cells, without ids, jupytext's being random."""
+    try:
+        text = chapter.text.read_text(encoding="utf-8")
+        notebook = jupytext.reads(text, fmt="md:myst")
+    except Exception as error:
+        name = chapter.text.name
+        raise Problem(f"book/{name} cannot be read as a chapter: {error}") from error
     for cell in notebook.cells:
         cell.pop("id", None)
-    return notebook
+    return text, notebook
 
 
 def render(notebook: NotebookNode) -> str:
@@ -149,8 +154,7 @@ def sync(chapter: Chapter) -> str | None:
         write(chapter.text, render(notebook))
         save(chapter, give_ids(notebook))
         return f"book/{chapter.stem}.md made from the notebook"
-    written = chapter.text.read_text(encoding="utf-8")
-    edited = parse(written)
+    written, edited = parse(chapter)
     text = render(edited)
     if text != written:
         write(chapter.text, text)
@@ -238,7 +242,7 @@ def run(chapter: Chapter) -> str:
         Problem: if a cell stops with an error; the notebook stays as it was.
     """
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
 
     notebook = load(chapter)
     notebook.metadata.pop("widgets", None)
@@ -256,7 +260,7 @@ def run(chapter: Chapter) -> str:
     environment.setdefault("OMP_NUM_THREADS", "1")
     try:
         client.execute(env=environment)
-    except CellExecutionError as error:
+    except (CellControlSignal, DeadKernelError) as error:
         raise Problem(f"book/{chapter.stem}.ipynb stopped: {error}") from error
     notebook = with_plain_widget_ids(notebook)
     for count, cell in enumerate(code_cells(notebook), start=1):
