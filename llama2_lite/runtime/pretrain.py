@@ -26,6 +26,7 @@ from llama2_lite.pretraining import (
     best_precision,
 )
 from llama2_lite.runtime.artifacts import artifact, write_json
+from llama2_lite.runtime.configs import find_config, read_yaml
 from llama2_lite.runtime.documents import hold_out, matching_files, read_documents
 from llama2_lite.runtime.progress import (
     Samples,
@@ -43,7 +44,6 @@ from llama2_lite.runtime.training import (
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 from llama2_lite.town import DEFAULT_DOCUMENTS, build_town
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # What belongs to a run in its folder; everything else there is somebody else's.
 OWN = (
     "config.yaml",
@@ -180,7 +180,7 @@ class Pretrain(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What belongs to no class."""
         add = parser.add_argument
-        add("--output", type=Path, help="Folder of the run.", required=True)
+        add("--output", type=Path, default="runs/pretrain", help="Folder of the run.")
         add("--seed", type=int, default=0, help="Of the weights and the data.")
         add("--checkpoint_every", type=int, default=500, help="Steps between them.")
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
@@ -202,7 +202,7 @@ class Pretrain(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and turn each error into one that names the key and its neighbours."""
         try:
-            self.config = parser.parse_args(find_config(args))
+            self.config = parser.parse_args(with_config_paths(args))
         except Exception as error:
             raise ValueError(explain(str(error), parser)) from None
 
@@ -235,25 +235,19 @@ class Pretrain(LightningCLI):
         return Trainer(**{**given, **parts})
 
 
-def find_config(arguments: list[str]) -> list[str]:
-    """Let ``--config NAME`` mean the file of that name that comes with the package."""
-    found = list(arguments)
-    for i, argument in enumerate(found):
-        flag, equals, name = argument.partition("=")
-        if flag not in ("--config", "-c"):
-            continue
-        if not equals:
-            name = found[i + 1] if i + 1 < len(found) else ""
-        shipped = CONFIGS / f"{Path(name).stem}.yaml"
-        if not Path(name).is_file():
-            if name not in (shipped.stem, shipped.name) or not shipped.is_file():
-                names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-                raise FileNotFoundError(
-                    f"there is no configuration file {name!r}; it is a path or one of "
-                    f"{names}"
-                )
-            name = str(shipped)
-        found[i : i + 1 + (not equals)] = ["--config", name]
+def with_config_paths(arguments: list[str]) -> list[str]:
+    """Arguments in which each ``--config NAME`` is a path to a readable file."""
+    found: list[str] = []
+    previous = ""
+    for argument in arguments:
+        if previous in ("--config", "-c"):
+            argument = str(find_config(argument))
+            read_yaml(argument)  # for the sake of its errors
+        elif argument.startswith("--config="):
+            argument = f"--config={find_config(argument.partition('=')[2])}"
+            read_yaml(argument.partition("=")[2])
+        found.append(argument)
+        previous = argument
     return found
 
 
@@ -294,7 +288,7 @@ def run(arguments: list[str]) -> None:
 
 def describe_run(command: Pretrain) -> dict[str, Any]:
     """What decides the result of a run, key by key, as JSON values."""
-    config = yaml.safe_load(command.parser.dump(command.config, skip_none=False))
+    config = yaml.safe_load(command.parser.dump(command.config))
     keys = ("max_steps", "accumulate_grad_batches", "precision")
     kept = {
         "model": config["model"],
@@ -308,7 +302,7 @@ def describe_run(command: Pretrain) -> dict[str, Any]:
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict):
             flat |= flatten(item, f"{prefix}{key}.")

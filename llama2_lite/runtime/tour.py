@@ -6,7 +6,6 @@ chapters, and made anew when its recipe or code changes.
 
 import json
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +33,7 @@ from llama2_lite.runtime.artifacts import (
     machine_name,
     write_json,
 )
+from llama2_lite.runtime.configs import find_config, read_yaml
 from llama2_lite.runtime.progress import (
     Samples,
     TrainingProgress,
@@ -42,7 +41,6 @@ from llama2_lite.runtime.progress import (
     make_console,
 )
 from llama2_lite.runtime.training import (
-    CsvLog,
     bits_per_character,
     compile_blocks,
     evaluate_loss,
@@ -53,7 +51,6 @@ from llama2_lite.runtime.training import (
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 from llama2_lite.town import Document, Probe, Town, build_town
 
-RECIPE = PACKAGE / "configs" / "tour.yaml"
 HELD_OUT_SEED = 10**6  # added to a seed: other documents of the same kinds
 PROMPTS = ["", "Question:", "Once"]
 LABELS = {
@@ -101,11 +98,8 @@ class Recipe:
         Raises:
             ValueError: if it is not YAML, or a key is missing or unknown.
         """
-        path = Path(path or RECIPE)
-        try:
-            entries = yaml.safe_load(path.read_text("utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
+        path = find_config(str(path or "tour"))
+        entries = read_yaml(path)
         names = {entry.name for entry in fields(cls)}
         needed = names - {"compile", "model_overrides"}
         if not isinstance(entries, dict):
@@ -273,7 +267,7 @@ class Stages:
             max_steps=recipe.max_steps,
             val_check_interval=recipe.validate_every,
             log_every_n_steps=10,
-            precision=best_precision(),  # type: ignore[arg-type]
+            precision=best_precision(),
         )
         fit(trainer, module, data, folder, self._say)
         note_seconds(folder, clock.elapsed())
@@ -305,8 +299,6 @@ class Stages:
             "sums_seen": self.town.sum_probes("seen"),
             "sums_held_out": self.town.sum_probes("held_out"),
         }
-        rows = CsvLog(base.path / "logs" / "metrics.csv").read()
-        paces = [float(row["tokens_per_second"] or 0) for row in rows]
         stages = {"tokenizer": made, "corpus": corpus, "base": base}
         seconds = {name: read_seconds(stage.path) for name, stage in stages.items()}
         right = {
@@ -322,7 +314,7 @@ class Stages:
             "estimate": json.loads((corpus.path / "estimate.json").read_text())["bits"],
             "right": right,
             "questions": {name: len(probes) for name, probes in questions.items()},
-            "tokens_per_second": statistics.median([pace for pace in paces if pace]),
+            "tokens_per_second": self._n_tokens() / seconds["base"],
             "minutes": {name: value / 60 for name, value in seconds.items()},
             "seed": self.seed,
             "machine": machine_name(),

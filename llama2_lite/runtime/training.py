@@ -172,7 +172,8 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
-        vars(self).update(state_dict)
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
 
 def trainer_parts(
