@@ -55,11 +55,14 @@ class VocabularyLoss(torch.autograd.Function):
             rows = slice(start, start + piece)
             target = targets[rows, None]
             scores = (hidden[rows] @ weight.T).float()  # (piece, V)
-            log_sum = scores.logsumexp(-1, keepdim=True)
-            total += (log_sum - scores.gather(1, target)).sum()
+            scores -= scores.amax(-1, keepdim=True)
+            total -= scores.gather(1, target).sum()
+            powers = scores.exp_()
+            sums = powers.sum(-1, keepdim=True)
+            total += sums.log().sum()
             if needs_gradient:
-                error = scores.sub_(log_sum).exp_()  # the softmax, in place
-                error.scatter_add_(1, target, -torch.ones_like(error[:, :1]))
+                error = powers.div_(sums)  # the softmax, in place
+                error.scatter_add_(1, target, -torch.ones_like(sums))
                 error = error.to(hidden.dtype)
                 hidden_gradient[rows] = error @ weight
                 weight_gradient += error.T @ hidden[rows]
@@ -82,7 +85,7 @@ class VocabularyLoss(torch.autograd.Function):
 
 
 def vocabulary_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, piece: int = 1024
+    hidden: Tensor, weight: Tensor, targets: Tensor, piece: int = 512
 ) -> Tensor:
     """`next_token_loss` from the last hidden states, without holding all logits.
 
