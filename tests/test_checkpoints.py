@@ -295,6 +295,34 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, whole, tmp_path, monkeypatc
     assert outcome(tmp_path) == whole
 
 
+def small_disk(data, folder):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    path = folder / "step-00000001"
+    try:
+        SafeCheckpointIO().save_checkpoint({"w": torch.zeros(10_000)}, path)
+    except OSError as error:
+        os._exit(3 if "File too large" in str(error) else 4)
+
+
+def test_a_disk_that_is_too_small_is_an_error_of_the_system(data, tmp_path):
+    assert in_process(small_disk, data, tmp_path) == 3
+    with pytest.warns(UserWarning, match="not complete"):
+        assert newest_checkpoint(tmp_path) is None
+
+
+def test_an_interrupt_before_the_first_step_is_passed_on(data, tmp_path):
+    class Interrupt(Callback):
+        def on_fit_start(self, trainer, module):
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path, [Interrupt()])
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+
+
 def test_not_a_number_keeps_the_last_good_checkpoint(data, tmp_path):
     class Spoil(Callback):
         def on_train_batch_start(self, trainer, module, *args):

@@ -23,6 +23,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +54,10 @@ class SafeCheckpointIO(CheckpointIO):
         tensors: dict[str, Tensor] = {}
         kept = {key: checkpoint[key] for key in checkpoint if key not in LEFT_OUT}
         state = encode_state(kept, tensors)
-        save_file(tensors, beside / TENSORS)
+        try:
+            save_file(tensors, beside / TENSORS)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{beside / TENSORS}: {error}") from None
         (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
         complete_checkpoint(beside, path)
 

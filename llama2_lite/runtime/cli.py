@@ -122,7 +122,7 @@ def report(error: Exception) -> int:
     expected = ValueError, OSError, FloatingPointError
     sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        sentence = f"{error.filename}: {error.strerror}"
+        sentence = ": ".join(filter(None, [error.filename, error.strerror]))
     if isinstance(error, expected) or type(error).__module__.startswith("lightning"):
         print(f"error: {sentence}", file=sys.stderr)
         return 2

@@ -1,9 +1,12 @@
 """Configuration files: those that come with the package, and those that do not."""
 
+import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -39,3 +42,24 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(
         f"there is no configuration file {name!r}; it is a path or one of {names}"
     )
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """One sentence for a parser's complaint; for an unknown key, the nearest ones."""
+    group = re.search(r"Group '(.*)' does not accept option '(.*)'", message)
+    unknown = re.search(r"Option '(.*)' is not accepted", message)
+    argument = re.search(r"unrecognized arguments: (\S+)", message)
+    if group or unknown or argument:
+        key = ".".join(group.groups()) if group else (unknown or argument)[1]  # type: ignore[index]
+        if argument and not key.startswith("-"):
+            return f"what is {key!r} for? Every value belongs to a --key"
+        key = key.lstrip("-").partition("=")[0]
+        keys = [action.dest for action in parser._actions]
+        near = difflib.get_close_matches(key, keys, 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"there is no key {key!r}{hint}"
+    if expected := re.search(r'Parser key "(.*)":\s*(.*)', message, re.DOTALL):
+        return f"{expected[1]}: {expected[2]}"
+    if required := re.search(r'Key "(.*)" is required', message):
+        return f"{required[1]} is missing: give --{required[1]} or a --config with it"
+    return re.sub(r"Call to compute_fn of link .* failed: ", "", message)

@@ -6,19 +6,15 @@ chapters, and made anew when its recipe or code changes.
 
 import json
 import shutil
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
 
 from llama2_lite.corpus import TokenDataset, write_shards
-from llama2_lite.generation import generate
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import (
     PretrainingModule,
@@ -33,14 +29,16 @@ from llama2_lite.runtime.artifacts import (
     machine_name,
     write_json,
 )
-from llama2_lite.runtime.configs import find_config, read_yaml
+from llama2_lite.runtime.configs import explain, find_config, read_yaml
 from llama2_lite.runtime.progress import (
     Samples,
     TrainingProgress,
     follow,
     make_console,
 )
+from llama2_lite.runtime.report import check_knowledge, print_report
 from llama2_lite.runtime.training import (
+    Clock,
     bits_per_character,
     compile_blocks,
     evaluate_loss,
@@ -49,16 +47,10 @@ from llama2_lite.runtime.training import (
     trainer_parts,
 )
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
-from llama2_lite.town import Document, Probe, Town, build_town
+from llama2_lite.town import Document, Town, build_town
 
 HELD_OUT_SEED = 10**6  # added to a seed: other documents of the same kinds
 PROMPTS = ["", "Question:", "Once"]
-LABELS = {
-    "facts_trained_wording": "facts recalled, in a wording trained on",
-    "facts_unseen_wording": "facts recalled, in a wording new for them",
-    "sums_seen": "sums right, of those trained on",
-    "sums_held_out": "sums right, of those held out",
-}
 
 
 @dataclass(frozen=True)
@@ -98,48 +90,19 @@ class Recipe:
         Raises:
             ValueError: if it is not YAML, or a key is missing or unknown.
         """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
         path = find_config(str(path or "tour"))
-        entries = read_yaml(path)
-        names = {entry.name for entry in fields(cls)}
-        needed = names - {"compile", "model_overrides"}
-        if not isinstance(entries, dict):
-            raise ValueError(f"{path} has no keys")
-        for key in entries:
-            if key not in names:
-                known = ", ".join(sorted(names))
-                raise ValueError(f"{path}: there is no key {key!r}, only {known}")
-        if missing := sorted(needed - set(entries)):
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        return cls(**entries)
+        try:
+            return cls(**vars(parser.parse_object(read_yaml(path) or {})))
+        except Exception as error:
+            raise ValueError(f"{path}: {explain(str(error), parser)}") from None
 
     def llama(self) -> LlamaConfig:
         """The sizes of the model."""
         return LlamaConfig.preset(
             self.model, vocab_size=self.vocab_size, **self.model_overrides
         )
-
-
-class Clock(Callback):
-    """Counts the seconds of training, those before an interruption too."""
-
-    def __init__(self) -> None:
-        self.seconds, self.started = 0.0, time.perf_counter()
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start."""
-        self.started = time.perf_counter()
-
-    def elapsed(self) -> float:
-        """Seconds so far."""
-        return self.seconds + time.perf_counter() - self.started
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"seconds": self.elapsed()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.seconds = state_dict["seconds"]
 
 
 class Stages:
@@ -282,29 +245,21 @@ class Stages:
             report = self._report(base, corpus, made)
             write_json(folder / "report.json", report)
 
-        modules = ["generation", "runtime.tour"]
+        modules = ["generation", "town", "runtime.report", "runtime.tour"]
         inputs = [base, corpus]
         return artifact(self.folder, "evaluation", {}, inputs, modules, build)
 
     def _report(self, base: Artifact, corpus: Artifact, made: Artifact) -> Any:
         started = time.perf_counter()
         model = Llama.from_pretrained(base.path)
-        tokenizer = Tokenizer(made.path / "tokenizer.model")
         length = max(length for _, length, _ in self.recipe.lengths)
         held_out = TokenDataset(corpus.path / "validation", length)
         loss = evaluate_loss(model, held_out, batch_size=8)
-        questions = {
-            "facts_trained_wording": self.town.fact_probes("trained"),
-            "facts_unseen_wording": self.town.fact_probes("unseen_wording"),
-            "sums_seen": self.town.sum_probes("seen"),
-            "sums_held_out": self.town.sum_probes("held_out"),
-        }
+        right = check_knowledge(
+            model, Tokenizer(made.path / "tokenizer.model"), self.town
+        )
         stages = {"tokenizer": made, "corpus": corpus, "base": base}
         seconds = {name: read_seconds(stage.path) for name, stage in stages.items()}
-        right = {
-            name: share_right(model, tokenizer, probes)
-            for name, probes in questions.items()
-        }
         seconds["evaluation"] = time.perf_counter() - started
         return {
             "parameters": model.config.parameter_count(),
@@ -313,7 +268,6 @@ class Stages:
             "bits_per_character": bits_per_character(loss, held_out),
             "estimate": json.loads((corpus.path / "estimate.json").read_text())["bits"],
             "right": right,
-            "questions": {name: len(probes) for name, probes in questions.items()},
             "tokens_per_second": self._n_tokens() / seconds["base"],
             "minutes": {name: value / 60 for name, value in seconds.items()},
             "seed": self.seed,
@@ -342,29 +296,6 @@ def note_seconds(folder: Path, seconds: float) -> None:
 def read_seconds(folder: Path) -> float:
     """How long a stage took."""
     return float(json.loads((folder / "seconds.json").read_text()))
-
-
-def share_right(
-    model: Llama, tokenizer: Tokenizer, probes: Sequence[Probe], batch_size: int = 64
-) -> float:
-    """The share of probes whose greedy continuation begins with the answer."""
-    encoded = [(tokenizer.encode(probe.prompt, bos=True), probe) for probe in probes]
-    encoded.sort(key=lambda pair: len(pair[0]))
-    n_right = 0
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        longest = max(len(tokenizer.encode(probe.answer)) for _, probe in batch)
-        made = generate(
-            model,
-            [ids for ids, _ in batch],
-            max_new_tokens=longest + 2,
-            temperature=0.0,
-            stop_ids=[tokenizer.eos_id],
-        )
-        for (ids, probe), new in zip(batch, made.ids, strict=True):
-            text = tokenizer.decode(ids + new)
-            n_right += text.startswith(probe.prompt + probe.answer)
-    return n_right / len(encoded)
 
 
 def default_folder() -> Path:
@@ -406,21 +337,3 @@ def tour(
     write_json(stages.folder / "report.json", report)
     print_report(report, stages.folder)
     return report
-
-
-def print_report(report: dict[str, Any], folder: Path) -> None:
-    """The report as a table."""
-    table = Table(title=f"the base model, {report['parameters']:,} parameters")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_row("loss, bits per character", f"{report['bits_per_character']:.3f}")
-    table.add_row("the town's entropy, at most", f"{report['estimate']:.3f}")
-    for name, share in report["right"].items():
-        table.add_row(LABELS[name], f"{share:.1%}")
-    table.add_row("tokens/s in training", f"{report['tokens_per_second']:,.0f}")
-    for name, minutes in report["minutes"].items():
-        table.add_row(f"minutes, {name}", f"{minutes:.1f}")
-    table.add_row("minutes in all", f"{sum(report['minutes'].values()):.1f}")
-    console = Console(file=sys.stdout)
-    console.print(table)
-    console.print(f"all of it is in {folder}, the figures in {folder / 'report.json'}")

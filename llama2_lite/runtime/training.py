@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,6 +177,29 @@ class KeepBest(Callback):
             setattr(self, name, value)
 
 
+class Clock(Callback):
+    """Counts the seconds of training, those before an interruption too."""
+
+    def __init__(self) -> None:
+        self.seconds, self.started = 0.0, time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start."""
+        self.started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"seconds": self.elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.seconds = state_dict["seconds"]
+
+
 def trainer_parts(
     folder: Path,
     model_folder: Path,
@@ -228,7 +252,10 @@ def fit(
     for logger in trainer.loggers:
         if isinstance(logger, CsvLog) and trainer.is_global_zero:
             logger.resume(step)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit:  # Lightning's answer to Ctrl-C before the first step
+        raise KeyboardInterrupt from None
     best = next(call for call in trainer.callbacks if isinstance(call, KeepBest))
     if best.seen_step < trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
