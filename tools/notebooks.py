@@ -261,7 +261,8 @@ def run(chapter: Chapter) -> str:
     try:
         client.execute(env=environment)
     except (CellControlSignal, DeadKernelError) as error:
-        raise Problem(f"book/{chapter.stem}.ipynb stopped: {error}") from error
+        message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # the kernel's colours
+        raise Problem(f"book/{chapter.stem}.ipynb stopped: {message}") from error
     notebook = with_plain_widget_ids(notebook)
     for count, cell in enumerate(code_cells(notebook), start=1):
         cell.execution_count = count
