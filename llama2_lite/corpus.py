@@ -83,7 +83,9 @@ def drop_near_duplicates(
     """
     from datasketch import MinHash, MinHashLSH  # takes half a second to import
 
-    index = MinHashLSH(threshold=threshold, num_perm=n_hashes)
+    # Too many candidates cost time, a missed one is lost: avoid the latter.
+    weights = (0.1, 0.9)
+    index = MinHashLSH(threshold=threshold, num_perm=n_hashes, weights=weights)
     kept: list[MinHash] = []
     empty = MinHash(num_perm=n_hashes, seed=seed)
     for document in documents:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from llama2_lite.tokenizer import LLAMA2_SETTINGS, Tokenizer, train_tokenizer
+from llama2_lite.town import build_town
 
 TEXTS = [
     "Ann is a baker. She lives in a red house by the old mill.",
@@ -98,6 +99,15 @@ def test_metas_ids_are_those_of_the_library(meta: Tokenizer, shared_data: Path) 
     assert meta.decode(meta.encode(text)) == text
 
 
+def test_what_the_chapter_says_of_metas_tokenizer(meta: Tokenizer) -> None:
+    town = build_town()
+    seen = {document.text for document in town.documents(20_000)}
+    unseen = {document.text for document in town.documents(2_000, seed=1)} - seen
+    n_characters = sum(map(len, unseen))
+    n_tokens = sum(map(len, meta.encode_batch(unseen)))
+    assert round(n_characters / n_tokens, 1) == 3.2
+
+
 def test_our_settings_are_metas(tokenizer: Tokenizer, meta: Tokenizer) -> None:
     ours, theirs = model_proto(tokenizer.path), model_proto(meta.path)
     assert ours.normalizer_spec.name == theirs.normalizer_spec.name == "identity"
@@ -156,7 +166,8 @@ def test_long_documents_are_not_dropped(tmp_path: Path) -> None:
 
 
 def test_cutting_at_spaces_changes_no_count(tmp_path: Path) -> None:
-    words = random.Random(0).choices("the old miller gave bread to Ben".split(), k=9000)
+    words = ["the", "old", "miller", "gave", "bread", "to", "Ben"]
+    words = random.Random(0).choices(words, k=9000)
     cut = train_tokenizer([" ".join(words)], tmp_path / "cut", 290)
     single = train_tokenizer(words, tmp_path / "single", 290)
     pieces = [[t.piece(i) for i in range(290)] for t in (cut, single)]
