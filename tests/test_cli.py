@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def run_folder(text, tmp_path_factory):
 
 def pretrain(text, folder, *more):
     return main(
-        ["pretrain", f"--output={folder}", f"--data.files=[{text}]", *SIZES, *more]
+        ["pretrain", f"--output={folder}", f"--data.files={text}", *SIZES, *more]
     )
 
 
@@ -113,6 +114,13 @@ def test_a_finished_run_says_the_same_again(text, run_folder, capfd):
     assert "bits per character" in out.splitlines()[-1]
     assert {p: p.read_bytes() for p in before} == before
     assert (run_folder / "result.json").read_text() == figures
+
+
+def test_a_run_may_be_moved(text, run_folder, tmp_path, capfd, monkeypatch):
+    folder = shutil.copytree(run_folder, tmp_path / "moved")
+    monkeypatch.chdir(text.parent)
+    assert pretrain(text.name, folder) == 0
+    assert "continuing from step 12" in capfd.readouterr().err
 
 
 def test_the_stored_configuration_gives_the_same_model(text, run_folder, tmp_path):

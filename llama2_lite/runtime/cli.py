@@ -23,7 +23,7 @@ Stopped at any moment, the same command continues.
 
   --config NAME_OR_FILE    town, text, or a YAML file; may be given several times
   --output FOLDER          of the run: checkpoints, logs, and model/ at the end
-  --data.files '[a.txt, b/*.jsonl]'   what to read; the town if left out
+  --data.files PATTERN     what to read, or '[a.txt, b/*.jsonl]'; the town if left out
   --data.text_field NAME   JSON key or Parquet column with the text (text)
   --data.vocab_size N      of the tokenizer that is trained
   --data.tokenizer FILE    a SentencePiece model to use instead

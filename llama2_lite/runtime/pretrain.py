@@ -155,6 +155,8 @@ def describe_run(command: Pretrain) -> dict[str, Any]:
     """What decides the result of a run, key by key, as JSON values."""
     config = yaml.safe_load(command.parser.dump(command.config))
     keys = ("max_steps", "accumulate_grad_batches", "precision")
+    for name in ("folder", "files"):  # what the files are is in the source
+        config["data"].pop(name, None)
     kept = {
         "model": config["model"],
         "data": config["data"],

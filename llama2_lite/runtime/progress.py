@@ -30,9 +30,9 @@ def make_bar(console: Console) -> Progress:
     """A bar that is drawn in terminals only."""
     return Progress(
         TextColumn("{task.description:>10}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
         console=console,
         transient=True,
@@ -140,7 +140,13 @@ class Samples(Callback):
             turn = step // int(trainer.val_check_batch or 1)
             prompt = self.prompts[turn % len(self.prompts)]
             text = write_on(module.model, self.tokenizer(), prompt, self.n_tokens)
-            self.console.print(f"[dim]step {step}:[/] {escape(' '.join(text.split()))}")
+            self.console.print(f"[dim]step {step}:[/] {escape(one_line(text))}")
+
+
+def one_line(text: str) -> str:
+    """Text on one line, without what would control a terminal."""
+    shown = (char if char.isprintable() else " " for char in text)
+    return " ".join("".join(shown).split())
 
 
 def write_on(

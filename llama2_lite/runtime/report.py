@@ -57,7 +57,8 @@ def share_right(
 
 def print_report(report: dict[str, Any], folder: Path) -> None:
     """The report as a table."""
-    table = Table(title=f"the base model, {report['parameters']:,} parameters")
+    title = f"the base model, {report['parameters']:,} parameters"
+    table = Table(title=title, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("loss, bits per character", f"{report['bits_per_character']:.3f}")

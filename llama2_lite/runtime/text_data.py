@@ -7,7 +7,7 @@ from typing import Any
 
 from llama2_lite.corpus import clean_documents, drop_duplicates, write_shards
 from llama2_lite.pretraining import TokenDataModule
-from llama2_lite.runtime.artifacts import artifact
+from llama2_lite.runtime.artifacts import PACKAGE, artifact, file_hash
 from llama2_lite.runtime.documents import hold_out, matching_files, read_documents
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 from llama2_lite.town import DEFAULT_DOCUMENTS, build_town
@@ -18,8 +18,8 @@ class TextDataModule(TokenDataModule):
 
     Args:
         folder: where tokenizer and shards go.
-        files: paths or globs of .txt, .jsonl, .jsonl.gz and .parquet files; the
-            built-in town if left out.
+        files: one or several paths or globs of .txt, .jsonl, .jsonl.gz and .parquet
+            files; the built-in town if left out.
         text_field: the JSON key or Parquet column with the text.
         town_documents: how many, if there are no files.
         tokenizer: a SentencePiece model to use; one is trained if left out.
@@ -35,7 +35,7 @@ class TextDataModule(TokenDataModule):
     def __init__(
         self,
         folder: Path,
-        files: list[str] | None = None,
+        files: list[str] | str | None = None,
         text_field: str = "text",
         town_documents: int = DEFAULT_DOCUMENTS,
         tokenizer: str | None = None,
@@ -52,7 +52,7 @@ class TextDataModule(TokenDataModule):
         if not 0 < validation_fraction < 1:
             raise ValueError(f"{validation_fraction=} must be between 0 and 1")
         self.folder = Path(folder)
-        self.files = files
+        self.files = [files] if isinstance(files, str) else files
         self.text_field = text_field
         self.town_documents = town_documents
         self.given_tokenizer = tokenizer
@@ -62,8 +62,10 @@ class TextDataModule(TokenDataModule):
     def source(self) -> dict[str, Any]:
         """What the text depends on, as JSON values."""
         if self.files is None:
-            return {"town_documents": self.town_documents}
-        files = {path for pattern in self.files for path in matching_files(pattern)}
+            return {"town_documents": self.town_documents, "lists": town_lists()}
+        files = {
+            path.resolve() for pattern in self.files for path in matching_files(pattern)
+        }
         stamps = [(path, path.stat()) for path in sorted(files)]
         return {
             "files": [[str(p), stat.st_size, stat.st_mtime_ns] for p, stat in stamps],
@@ -94,7 +96,8 @@ class TextDataModule(TokenDataModule):
             "source": self.source(),
             "tokenizer": given.sha256 if given else self.vocab_size,
         }
-        modules = ["corpus", "tokenizer", "town", "runtime.documents"]
+        modules = ["corpus", "tokenizer"]
+        modules += ["town"] if self.files is None else ["runtime.documents"]
         artifact(self.folder, "corpus", config, [], modules, self._write)
 
     def _write(self, folder: Path) -> None:
@@ -116,3 +119,9 @@ class TextDataModule(TokenDataModule):
 def choose_vocab_size(tokenizer: str | None, vocab_size: int) -> int:
     """The vocabulary of the given tokenizer, else of the one to be trained."""
     return Tokenizer(tokenizer).vocab_size if tokenizer else vocab_size
+
+
+def town_lists() -> dict[str, str]:
+    """The hashes of the lists that the town is made of."""
+    folder = PACKAGE.parent / "data"
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.yaml"))}

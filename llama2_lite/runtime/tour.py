@@ -25,7 +25,6 @@ from llama2_lite.runtime.artifacts import (
     PACKAGE,
     Artifact,
     artifact,
-    file_hash,
     machine_name,
     write_json,
 )
@@ -37,6 +36,7 @@ from llama2_lite.runtime.progress import (
     make_console,
 )
 from llama2_lite.runtime.report import check_knowledge, print_report
+from llama2_lite.runtime.text_data import town_lists
 from llama2_lite.runtime.training import (
     Clock,
     bits_per_character,
@@ -280,12 +280,6 @@ class Stages:
         return sum(
             round(share * steps) * length * rows for share, length, rows in shares
         )
-
-
-def town_lists() -> dict[str, str]:
-    """The hashes of the lists that the town is made of."""
-    folder = PACKAGE.parent / "data"
-    return {path.name: file_hash(path) for path in sorted(folder.glob("*.yaml"))}
 
 
 def note_seconds(folder: Path, seconds: float) -> None:
