@@ -1,0 +1,54 @@
+"""The commands of the README that use the package, run as they stand there."""
+
+import json
+import shlex
+from base64 import b64decode
+from pathlib import Path
+
+import pytest
+
+from llama2_lite.runtime.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAIN = ".venv/bin/llama2-lite pretrain --config text --data.files my.txt"
+FEW_STEPS = "--trainer.max_steps=2 --model.config.n_layers=1 --data.vocab_size=512"
+
+
+def run(command: str, more: str = "") -> int | str | None:
+    """What a command of the README answers, 0 if all is well."""
+    _, *arguments = shlex.split(f"{command} {more}")
+    return main(arguments)
+
+
+def test_own_text_becomes_a_model_that_continues_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chapters = sorted((ROOT / "book").glob("[0-9][0-9]_*.md"))
+    Path("my.txt").write_text("\n".join(path.read_text() for path in chapters))
+    assert run(PRETRAIN, FEW_STEPS) == 0
+    capsys.readouterr()
+    ask = '.venv/bin/llama2-lite generate runs/text/model "Once upon a time"'
+    assert run(ask, "--seed=1") == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_the_tour_can_be_asked(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if not Path("runs/tour/base").exists():
+        pytest.skip("`make tour` has not been run")
+    ask = '.venv/bin/llama2-lite generate runs/tour/base "Question: What is 3 + 4?"'
+    assert run(ask) == 0
+    assert "Question: What is 3 + 4?" in capsys.readouterr().out
+
+
+def test_help_lists_the_settings(capsys):
+    assert run(".venv/bin/llama2-lite pretrain --help") == 0
+    assert "--data.files" in capsys.readouterr().out
+
+
+def test_the_picture_is_the_one_that_chapter_01_draws():
+    notebook = json.loads((ROOT / "book" / "01_pipeline.ipynb").read_text())
+    outputs = [out for cell in notebook["cells"] for out in cell.get("outputs", [])]
+    data = [output.get("data", {}) for output in outputs]
+    drawn = ["".join(part["image/png"]) for part in data if "image/png" in part]
+    shown = (ROOT / "book" / "_static" / "road.png").read_bytes()
+    assert shown in [b64decode(image) for image in drawn]
