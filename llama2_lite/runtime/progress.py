@@ -67,7 +67,8 @@ class TrainingProgress(Callback):
         self.shown_at = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw the bar."""
+        """Draw the bar, in one process."""
+        self.console.quiet = not trainer.is_global_zero
         self.bar.start()
         self.task = self.bar.add_task(
             self.label,
