@@ -94,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_command(arguments)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        is_kept = arguments[:1] != ["generate"]
+        hint = "stopped; the same command goes on from here" if is_kept else ""
+        print(f"\n{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -148,6 +150,7 @@ def run_command(arguments: list[str]) -> None:
         if {"-h", "--help"} & set(arguments) or len(arguments) == 1:
             print(PRETRAIN_HELP, end="")
             return
+        _say_loading()
         from llama2_lite.runtime.pretrain import run
 
         run(arguments[1:])
@@ -161,8 +164,15 @@ def run_command(arguments: list[str]) -> None:
     commands[parsed.command](parsed)
 
 
+def _say_loading() -> None:
+    """Tell somebody who waits that PyTorch and Lightning take some seconds."""
+    if sys.stderr.isatty():
+        print("loading PyTorch", file=sys.stderr)
+
+
 def run_tour(options: argparse.Namespace) -> None:
     """Build the stages of the tour and print their table."""
+    _say_loading()
     from llama2_lite.runtime.tour import tour
 
     tour(options.folder, seed=options.seed, recipe=options.config)
