@@ -124,7 +124,9 @@ def report(error: Exception) -> int:
     expected = ValueError, OSError, FloatingPointError
     sentence = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        sentence = ": ".join(filter(None, [error.filename, error.strerror]))
+        sentence = ": ".join(
+            str(part) for part in (error.filename, error.strerror) if part
+        )
     if isinstance(error, expected) or type(error).__module__.startswith("lightning"):
         print(f"error: {sentence}", file=sys.stderr)
         return 2
