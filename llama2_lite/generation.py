@@ -4,13 +4,15 @@ Exported from book/08_generation.md, which explains every part. Edit it there,
 then `make export`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama2_lite.attention import causal_mask
+from llama2_lite.attention import KVCache, causal_mask
 from llama2_lite.model import Llama
 from llama2_lite.tokenizer import Tokenizer
 
@@ -18,9 +20,9 @@ from llama2_lite.tokenizer import Tokenizer
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Set the logits of unlikely tokens to minus infinity, (B, V) to (B, V).
 
-    A token is dropped if the tokens more likely than it have more than ``top_p`` of
-    the probability together, so that the most likely one always stays. Source:
-    Holtzman et al., 2020, with the comparison of Meta's llama/generation.py.
+    A token is dropped if the tokens before it, in the order of their probability, have
+    more than ``top_p`` together; the first one always stays. Source: Holtzman et al.,
+    2020, with the comparison in Meta's llama/generation.py.
     """
     ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
@@ -29,119 +31,169 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(dropped, float("-inf"))
 
 
-def gumbel_noise(seed: int, rows: Tensor, step: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, (B, V), that depends on seed, row, step and token alone.
+GOLDEN = 0x9E3779B97F4A7C15
 
-    The same numbers on every device, in every batch and in every process: no
-    generator has a state, each number is a hash of where it stands (the finaliser of
-    SplitMix64; Steele et al., 2014).
+
+def gumbel_noise(seed: int, rows: Tensor, step: int, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise that depends on seed, row, step and token alone, (B, V).
+
+    A hash (the finaliser of SplitMix64; Steele et al., 2014) instead of a generator:
+    the same noise in every batch and process and on every device.
 
     Args:
         rows: row numbers, (B,), int64.
     """
     key = _mix(_mix(rows + _signed(seed * GOLDEN)) + step)  # (B,)
-    tokens = torch.arange(1, vocab_size + 1, device=rows.device) * GOLDEN
-    bits = _mix(key[:, None] + tokens) >> 40 & 0xFFFFFF  # (B, V), 24 of them
-    uniform = (bits.float() + 0.5) / 2**24
-    return -torch.log(-torch.log(uniform))
+    tokens = torch.arange(1, vocab_size + 1, device=rows.device) * _signed(GOLDEN)
+    bits = _mix(key[:, None] + tokens) >> 24 & (2**40 - 1)  # (B, V)
+    # from the top, 1 - u: float32 is fine near 0 and coarse near 1, where it hardly
+    # matters
+    from_top = ((bits.float() + 0.5) / 2**40).clamp(max=1 - 2**-24)
+    return -torch.log(-torch.log1p(-from_top))
 
 
 def _signed(number: int) -> int:
+    """The int64 with the same 64 bits."""
     return (number + 2**63) % 2**64 - 2**63
 
 
-GOLDEN = _signed(0x9E3779B97F4A7C15)
-
-
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
+    """Make every bit of the result depend on every bit of an int64."""
+    # torch shifts signed numbers, so that copies of the sign have to be masked away
+    x = (x ^ (x >> 30 & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27 & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31 & (2**33 - 1))
 
 
 def next_tokens(
-    logits: Tensor,
-    temperature: float,
-    top_p: float,
-    noise: Tensor | None = None,
+    logits: Tensor, temperature: float, top_p: float, noise: Tensor | None
 ) -> Tensor:
     """Choose a token for each row.
 
     Args:
         logits: (B, V).
         temperature: 0 takes the most likely token.
-        top_p: the nucleus; 1 keeps every token.
-        noise: from `gumbel_noise`, (B, V); not needed at temperature 0.
+        top_p: see `keep_top_p`; 1 keeps every token.
+        noise: from `gumbel_noise`, (B, V); None at temperature 0.
 
     Returns:
         Ids, (B,).
     """
-    if temperature == 0 or noise is None:
+    if noise is None:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    # less their maximum, so that no temperature makes them infinite
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_p < 1:
         logits = keep_top_p(logits, top_p)
     return (logits + noise).argmax(-1)
 
 
+class FixedCache(KVCache):
+    """A cache whose shapes are the same at every step, so one compiled step fits all.
+
+    A new token goes to the slot that a tensor names, and all slots come back: a mask
+    has to hide those that are still empty.
+
+    Args:
+        cache: what is there so far; its memory is taken over.
+        position: the next slot, (1,); the caller moves it on.
+    """
+
+    def __init__(self, cache: KVCache, position: Tensor):
+        self.keys, self.values = cache.keys, cache.values
+        self.position = position
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token, (B, K, 1, D); returns all slots, (B, K, room, D)."""
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        return self.keys, self.values
+
+
+def fixed_step(
+    model: Llama, tokens: Tensor, caches: list[KVCache], position: Tensor, pads: Tensor
+) -> Tensor:
+    """Logits after one more token for each row, from (B,) to (B, V)."""
+    slots = torch.arange(caches[0].keys.shape[2], device=tokens.device)
+    mask = (slots >= pads) & (slots <= position)  # (B, room)
+    own = (position - pads).clamp(max=model.config.max_seq_len - 1)  # (B, 1)
+    return model(tokens[:, None], own, mask[:, None, None], caches)[:, -1]
+
+
+@cache
+def compiled_step() -> Any:
+    """`fixed_step`, compiled when it is first called: half a minute on a CPU."""
+    return torch.compile(fixed_step)
+
+
 class Decoder:
     """Prompts in a cache, and one more token for each of them at a time.
 
-    Prompts are aligned at their ends: shorter ones are padded in front, where nobody
-    looks, and count their positions from their own first token.
+    Prompts are aligned at their ends; what stands in front of the shorter ones is
+    hidden, and positions count from a prompt's own first token.
 
     Args:
-        model: its own device decides.
-        prompts: of any lengths.
+        model: its device and type are used.
+        prompts: ids, of any lengths.
         n_new: how many tokens will follow at most.
+        compiled: compile the step; worth it for thousands of tokens.
     """
 
-    def __init__(self, model: Llama, prompts: Sequence[Sequence[int]], n_new: int):
-        self.model = model
+    def __init__(
+        self,
+        model: Llama,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        compiled: bool = False,
+    ):
         device = model.norm.weight.device
         longest = max(map(len, prompts))
-        pads = [longest - len(prompt) for prompt in prompts]
-        tokens = torch.tensor(
-            [
-                [0] * pad + list(prompt)
-                for pad, prompt in zip(pads, prompts, strict=True)
-            ]
-        )  # (B, T)
-        self.cache = model.new_cache(len(prompts), longest + n_new)
-        self.pads = torch.tensor(pads)[:, None].to(device) if any(pads) else None
+        padding = [longest - len(prompt) for prompt in prompts]
+        rows = [[0] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
+        tokens = torch.tensor(rows, device=device)  # (B, T)
+        self.model, self.compiled, self.padded = model, compiled, any(padding)
+        self.pads = torch.tensor(padding, device=device)[:, None]  # (B, 1)
+        room = longest + n_new
+        if compiled:  # a power of two, so that few different ones are ever compiled
+            room = 1 << (room - 1).bit_length()
+        self.caches = model.new_cache(len(prompts), room)
         positions = mask = None
-        if self.pads is not None:
-            slots = torch.arange(longest + n_new, device=device)
-            self.visible = slots >= self.pads  # (B, room)
+        slots = torch.arange(room, device=device)
+        self.real = slots >= self.pads  # (B, room)
+        if self.padded:
             positions = (slots[:longest] - self.pads).clamp(min=0)  # (B, T)
-            mask = (
-                causal_mask(longest, longest, device)
-                & self.visible[:, None, None, :longest]
-            )
-            # a padding token sees itself: a row without any key would be NaN
-            mask = mask | torch.eye(longest, dtype=torch.bool, device=device)
-        hidden = model(
-            tokens.to(device), positions, mask, self.cache, return_hidden=True
-        )
+            # padding sees itself: a softmax over nothing would be NaN
+            itself = torch.eye(longest, dtype=torch.bool, device=device)
+            mask = causal_mask(longest, longest, device) & self.real[:, None, :longest]
+            mask = (mask | itself)[:, None]  # (B, 1, T, T)
+        hidden = model(tokens, positions, mask, self.caches, return_hidden=True)
         self.logits = model.output(hidden[:, -1])  # (B, V)
+        if compiled:
+            self.position = torch.tensor([longest], device=device)
+            self.caches = [FixedCache(layer, self.position) for layer in self.caches]
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token for each row, (B,); ``logits`` are then those after it."""
+        if self.compiled:
+            self.logits = compiled_step()(
+                self.model, tokens, self.caches, self.position, self.pads
+            )
+            self.position += 1  # in place: the layers share it
+            return
         positions = mask = None
-        if self.pads is not None:
-            length = self.cache[0].length
+        if self.padded:
+            length = self.caches[0].length
             last = self.model.config.max_seq_len - 1
             positions = (length - self.pads).clamp(max=last)  # (B, 1)
-            mask = self.visible[:, None, None, : length + 1]
-        self.logits = self.model(tokens[:, None], positions, mask, self.cache)[:, -1]
+            mask = self.real[:, None, None, : length + 1]
+        self.logits = self.model(tokens[:, None], positions, mask, self.caches)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows only."""
-        for cache in self.cache:
-            cache.keys, cache.values = cache.keys[rows], cache.values[rows]
-        self.logits = self.logits[rows]
-        if self.pads is not None:
-            self.pads, self.visible = self.pads[rows], self.visible[rows]
+        """Go on with some of the rows only: a mask, (B,)."""
+        for layer in self.caches:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.logits, self.pads = self.logits[rows], self.pads[rows]
+        self.real = self.real[rows]
 
 
 @dataclass
@@ -167,65 +219,73 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     seed: int = 0,
     rows: Sequence[int] | None = None,
+    compiled: bool = False,
 ) -> Generation:
     """Continue prompts, of any lengths, in one batch.
 
     A row ends at a stop id, after ``max_new_tokens``, or where the context is full.
 
     Args:
-        model: its device and its type are used.
         prompts: token ids, at least one for each prompt.
         temperature: logits are divided by it; 0 takes the most likely token.
-        top_p: only the most likely tokens with this much probability are drawn from.
+        top_p: see `keep_top_p`; 1 keeps every token.
         stop_ids: any of these ends a row.
         seed: of the noise; the same seed gives the same tokens.
         rows: a number for each prompt, which decides its noise together with the
-            seed: a prompt gets the same tokens in any batch. 0, 1, 2, ... if left out.
+            seed: it gets the same tokens in any batch; 0, 1, 2, ... if left out.
+        compiled: compile the step of one token; worth it for thousands of tokens.
 
     Raises:
         ValueError: if a prompt is empty or does not fit into the context, or if a
             setting makes no sense.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p, rows)
+    rows = range(len(prompts)) if rows is None else rows
+    limits = _limits(model, prompts, max_new_tokens, temperature, top_p)
+    if len(rows) != len(prompts):
+        raise ValueError(f"{len(rows)} row numbers do not fit {len(prompts)} prompts")
     if not prompts:
         return Generation([], [], [])
-    context = model.config.max_seq_len
-    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-    decoder = Decoder(model, prompts, max(limits))
+    n_steps, stop_ids = max(limits), set(stop_ids)
+    decoder = Decoder(model, prompts, n_steps, compiled)
     device = decoder.logits.device
-    row_ids = torch.tensor(list(rows or range(len(prompts))), device=device)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    ends = torch.tensor(limits, device=device)
     alive = torch.arange(len(prompts), device=device)
-    ids = torch.zeros(len(prompts), max(limits), dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(prompts), max(limits), device=device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    may_end_early = len(stop_ids) > 0 or min(limits) < max(limits)
+    numbers, ends = torch.tensor([list(rows), limits], device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    done = torch.zeros_like(alive, dtype=torch.bool)
+    ids = torch.zeros(len(prompts), n_steps, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(prompts), n_steps, device=device)
 
-    for step in range(max(limits)):
-        logits = decoder.logits.float()
-        noise = None
-        if temperature > 0:
-            noise = gumbel_noise(seed, row_ids[alive], step, logits.shape[1])
-        tokens = next_tokens(logits, temperature, top_p, noise)  # (B,)
-        chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-        ids[alive, step] = tokens
-        logprobs[alive, step] = chosen - logits.logsumexp(-1)
-        if may_end_early:
+    for step in range(n_steps):
+        tokens, scores = _choose(
+            decoder.logits, temperature, top_p, seed, numbers[alive], step
+        )
+        ids[alive, step], logprobs[alive, step] = tokens, scores
+        if stop_ids or min(limits) < n_steps:
             done |= torch.isin(tokens, stops) | (ends[alive] == step + 1)
             n_done = int(done.sum())
             if n_done == len(alive):
                 break
-            if 4 * n_done >= len(alive):  # not at every row: it copies the cache
-                kept = ~done
-                decoder.keep(kept)
-                alive, tokens, done = alive[kept], tokens[kept], done[kept]
-        if step + 1 < max(limits):
+            if 4 * n_done >= len(alive) and not compiled:
+                decoder.keep(~done)
+                alive, tokens, done = alive[~done], tokens[~done], done[~done]
+        if step + 1 < n_steps:
             decoder.step(tokens)
-    return _collect(ids.tolist(), logprobs.tolist(), limits, set(stop_ids))
+    return _collect(ids.tolist(), logprobs.tolist(), limits, stop_ids)
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_p: float, seed: int, rows: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """Next tokens and their log-probabilities, both (B,)."""
+    logits, noise = logits.float(), None
+    if temperature > 0:
+        noise = gumbel_noise(seed, rows, step, logits.shape[1])
+    tokens = next_tokens(logits, temperature, top_p, noise)
+    chosen = logits.gather(1, tokens[:, None])[:, 0]
+    return tokens, chosen - logits.logsumexp(-1)
 
 
 def _collect(
@@ -238,39 +298,42 @@ def _collect(
     result = Generation([], [], [])
     for row, scores, limit in zip(ids, logprobs, limits, strict=True):
         stops = (i for i, token in enumerate(row[:limit]) if token in stop_ids)
-        stop = next(stops, None)
-        end = limit if stop is None else stop + 1
+        last = next(stops, None)
+        end = limit if last is None else last + 1
         result.ids.append(row[:end])
         result.logprobs.append(scores[:end])
-        result.finished.append(stop is not None)
+        result.finished.append(last is not None)
     return result
 
 
-def _check(
+def _limits(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    rows: Sequence[int] | None,
-) -> None:
-    context = model.config.max_seq_len
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty: it needs at least one token")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens: with the context of "
-                f"{context} there is no room for a new one"
-            )
+) -> list[int]:
+    """How many tokens each row may get; refuses what makes no sense."""
+    context, vocab_size = model.config.max_seq_len, model.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, but is {temperature}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be over 0 and at most 1, but is {top_p}")
-    if rows is not None and len(rows) != len(prompts):
-        raise ValueError(f"{len(rows)} row numbers do not fit {len(prompts)} prompts")
+        raise ValueError(f"top_p must be above 0 and at most 1, but is {top_p}")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty; it needs at least one token")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, which leaves no room in "
+                f"the context of {context}; shorten it"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(
+                f"prompt {number} has an id outside the vocabulary of {vocab_size}"
+            )
+    return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 
 def stream(
@@ -280,51 +343,46 @@ def stream(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
     seed: int = 0,
 ) -> Iterator[int]:
-    """Continue one prompt, token by token; the tokens are those of `generate`.
+    """Continue one prompt, token by token, as `generate` does for row 0.
 
-    The stop id, if there is one, comes last. The arguments are those of `generate`.
+    The stop id, if there is one, comes last. Arguments and errors are those of
+    `generate`.
     """
-    _check(model, [prompt], max_new_tokens, temperature, top_p, None)
-    n_new = min(max_new_tokens, model.config.max_seq_len - len(prompt))
-    row = torch.zeros(1, dtype=torch.long, device=model.norm.weight.device)
+    (limit,) = _limits(model, [prompt], max_new_tokens, temperature, top_p)
+    stop_ids = set(stop_ids)
     with torch.inference_mode():
-        decoder = Decoder(model, [prompt], n_new)
-    for step in range(n_new):
-        # not around the yield: the caller's own code would run in this mode
+        decoder = Decoder(model, [prompt], limit)
+        row = torch.zeros(1, dtype=torch.long, device=decoder.logits.device)
+        token = row
+    for step in range(limit):
+        # not around the yield: what the caller does meanwhile is not inference
         with torch.inference_mode():
-            logits = decoder.logits.float()
-            noise = None
-            if temperature > 0:
-                noise = gumbel_noise(seed, row, step, logits.shape[1])
-            token = next_tokens(logits, temperature, top_p, noise)
+            if step > 0:
+                decoder.step(token)
+            token, _ = _choose(decoder.logits, temperature, top_p, seed, row, step)
         yield int(token)
         if int(token) in stop_ids:
             return
-        if step + 1 < n_new:
-            with torch.inference_mode():
-                decoder.step(token)
 
 
 def stream_text(
-    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
 ) -> Iterator[str]:
-    """Text pieces of tokens as they come, each a number of whole characters.
+    """Text of tokens as they come, in pieces of whole characters.
 
-    A character that the vocabulary lacks is spelt in bytes, up to four tokens, and
-    comes out with the last of them. The pieces together are what decoding the prompt
-    with all tokens adds to the prompt.
+    The pieces together are what the tokens add to the decoded prompt.
     """
     ids = list(prompt)
-    shown = tokenizer.decode(ids)
+    start, shown = 0, len(ids)  # ids[start:shown] is text that stands already
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    text = tokenizer.decode(ids)
-    if text != shown:
-        yield text[len(shown) :]
+        before, now = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
+        if now != before and not now.endswith("\ufffd"):  # a character is incomplete
+            yield now[len(before) :]
+            start, shown = shown, len(ids)
+    before, now = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
+    if now != before:
+        yield now[len(before) :]
