@@ -123,7 +123,8 @@ def configure_optimizer(
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_matrix = parameter.dim() > 1 and id(parameter) not in embeddings
         (decayed if is_matrix else kept).append(parameter)
@@ -188,7 +189,7 @@ class PretrainingModule(LightningModule):
             default.
     """
 
-    model: Llama | None
+    model: Llama
 
     def __init__(
         self,
@@ -208,12 +209,11 @@ class PretrainingModule(LightningModule):
         self.clip_norm = clip_norm
         self.seed = seed
         self.lay_out = lay_out
-        self.model = None
-        self.first_bad_step: Tensor | None = None
+        self.first_bad_step = torch.tensor(-1)
 
     def configure_model(self) -> None:
         """Build the model; Lightning calls this where its weights should live."""
-        if self.model is None:
+        if not hasattr(self, "model"):
             torch.manual_seed(self.seed)
             self.model = self.lay_out(Llama(self.config))
 
@@ -296,7 +296,7 @@ class PretrainingModule(LightningModule):
         Raises:
             FloatingPointError: it names the step.
         """
-        if self.first_bad_step is not None and (step := int(self.first_bad_step)) >= 0:
+        if (step := int(self.first_bad_step)) >= 0:
             raise FloatingPointError(
                 f"at step {step} the loss or its gradient is not a finite number; the "
                 "last checkpoint is from before. Try a lower learning rate or a longer "
@@ -461,5 +461,6 @@ class TokenDataModule(LightningDataModule):
         n_windows = min(self.validation_windows, len(self.held_out))
         n_windows -= n_windows % world_size  # every process as many
         batch_size = min(size for _, _, size in self.lengths) // world_size
-        mine = Subset(self.held_out, range(rank, n_windows, world_size))
+        places = range(rank, n_windows, world_size)
+        mine: Subset[Tensor] = Subset(self.held_out, places)  # type: ignore[arg-type]
         return DataLoader(mine, batch_size)
