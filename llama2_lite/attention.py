@@ -65,20 +65,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     Returns:
         (B, H, T, D).
     """
-    n_new, n_total = q.shape[2], k.shape[2]
+    n_heads, n_new = q.shape[1:3]
+    n_total = k.shape[2]
     if n_new == 1:
         groups = q.reshape(*k.shape[:2], -1, q.shape[3])  # (B, K, G, D)
         return F.scaled_dot_product_attention(groups, k, v, mask).reshape(q.shape)
-    is_causal = mask is None and n_new == n_total
-    is_short_on_cpu = q.device.type == "cpu" and n_new <= WRITTEN_OUT_UP_TO
-    if is_causal and is_short_on_cpu and q.dtype == torch.bfloat16:
-        return attend_written_out(q, k, v)
-    if mask is None and not is_causal:
+    shared = k.shape[1] != n_heads
+    if mask is None and n_new == n_total:
+        is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if is_bf16_on_cpu and n_new <= WRITTEN_OUT_UP_TO:
+            return attend_written_out(q, k, v)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=shared
+        )
+    if mask is None:
         mask = causal_mask(n_new, n_total, q.device)
-    shared = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=is_causal, enable_gqa=shared
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=shared)
 
 
 def attend_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -254,6 +254,17 @@ def test_compiles_as_one_graph(dtype: torch.dtype, n_tokens: int) -> None:
     torch.manual_seed(0)
     layer, x = Attention(32, 4, 2).to(dtype), torch.randn(2, n_tokens, 32, dtype=dtype)
     table = rope_table(n_tokens, 8)
+    torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(compiled(x, *table), layer(x, *table), **tolerance)
+
+
+def test_compiles_once_for_all_lengths() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = Attention(32, 4, 2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n_tokens in (16, 24, 40):
+        x, table = torch.randn(2, n_tokens, 32), rope_table(n_tokens, 8)
+        torch.testing.assert_close(compiled(x, *table), layer(x, *table))
