@@ -122,9 +122,7 @@ def mix(
         raise ValueError(f"shares of {sorted(shares)} for sources {sorted(sources)}")
     for name, documents in sources.items():
         if iter(documents) is documents:
-            raise ValueError(
-                f"source {name!r} is an iterator, which ends after one use"
-            )
+            raise ValueError(f"source {name!r} is an iterator, not a list")
         if not shares[name] > 0:
             raise ValueError(f"the share of {name!r} is {shares[name]}, not positive")
     readers = {name: _endless(name, documents) for name, documents in sources.items()}
@@ -370,9 +368,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     """The index of a folder of shards."""
     path = folder / "index.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no folder of shards: it has no index.json"
-        )
+        raise FileNotFoundError(f"{folder} is no folder of shards: no index.json in it")
     try:
         return json.loads(path.read_text())
     except ValueError:

@@ -89,11 +89,9 @@ class Tokenizer:
             ValueError: if an id is not in the vocabulary.
         """
         ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"id {i} is not in the vocabulary of {self.vocab_size}"
-                )
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"id {wrong[0]} is beyond the {self.vocab_size} known")
         return self._processor.decode(ids)
 
     def piece(self, id: int) -> str:

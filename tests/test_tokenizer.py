@@ -231,7 +231,7 @@ def test_not_a_model(tmp_path: Path, content: bytes) -> None:
 
 
 def test_ids_beyond_the_vocabulary(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="id 340 is not in the vocabulary of 340"):
+    with pytest.raises(ValueError, match="id 340 is beyond the 340 known"):
         tokenizer.decode([5, 340])
     with pytest.raises(ValueError, match="id -1"):
         tokenizer.decode([-1])
