@@ -155,6 +155,26 @@ def test_every_shipped_configuration_is_valid(tmp_path):
         assert made.trainer.max_steps > 0
 
 
+def test_arguments_of_the_trainer_are_heeded(tmp_path):
+    from lightning.pytorch.callbacks import DeviceStatsMonitor
+
+    from llama2_lite.runtime.pretrain import Pretrain
+
+    settings = [
+        "--trainer.num_sanity_val_steps=1",
+        "--trainer.logger=false",
+        "--trainer.callbacks=lightning.pytorch.callbacks.DeviceStatsMonitor",
+        "--trainer.accumulate_grad_batches=3",
+    ]
+    output = f"--output={tmp_path}/run"
+    trainer = Pretrain(["--config=town", output, *settings]).trainer
+    assert trainer.num_sanity_val_steps == 1
+    assert trainer.accumulate_grad_batches == 3
+    assert any(isinstance(call, DeviceStatsMonitor) for call in trainer.callbacks)
+    assert len(trainer.loggers) == 2
+    assert trainer.max_epochs == -1
+
+
 def test_a_given_tokenizer_is_used(text, run_folder, tmp_path):
     given = run_folder / "model" / "tokenizer.model"
     assert (

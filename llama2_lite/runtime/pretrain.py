@@ -28,6 +28,7 @@ from llama2_lite.runtime.progress import (
 )
 from llama2_lite.runtime.text_data import TextDataModule, choose_vocab_size
 from llama2_lite.runtime.training import (
+    TRAINER_DEFAULTS,
     bits_per_character,
     evaluate_loss,
     fit,
@@ -56,6 +57,7 @@ class Pretrain(LightningCLI):
             PretrainingModule,
             TextDataModule,
             save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"exit_on_error": False, "prog": "llama2-lite pretrain"},
             args=arguments,
             run=False,
@@ -101,7 +103,7 @@ class Pretrain(LightningCLI):
             self.config.trainer.precision = best_precision()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's trainer with our parts; the configuration may change some."""
+        """Lightning's trainer with our parts, to which the configuration may add."""
         config, data = self.config, self.datamodule
         given = {k: v for k, v in self.config_init.trainer.items() if v is not None}
         parts = trainer_parts(
@@ -111,14 +113,24 @@ class Pretrain(LightningCLI):
             checkpoint_every=config.checkpoint_every,
             keep_checkpoints=config.keep_checkpoints,
             callbacks=[
-                *given.pop("callbacks", []),
+                *as_list(given.pop("callbacks", [])),
                 TrainingProgress("pretrain", self.console),
                 Samples(data.tokenizer, config.prompts, self.console),
             ],
-            loggers=[TensorBoardLogger(config.output, name="logs", version="")],
+            loggers=[
+                TensorBoardLogger(config.output, name="logs", version=""),
+                *as_list(given.pop("logger", [])),
+            ],
         )
-        parts["plugins"] += given.pop("plugins", [])
-        return Trainer(**{**given, **parts})
+        parts["plugins"] += as_list(given.pop("plugins", []))
+        return Trainer(**{**parts, **given})
+
+
+def as_list(value: Any) -> list[Any]:
+    """One or several; yes and no are none, as ours are there in any case."""
+    if isinstance(value, bool):
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def with_config_paths(arguments: list[str]) -> list[str]:

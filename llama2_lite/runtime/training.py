@@ -33,6 +33,15 @@ from llama2_lite.runtime.checkpoints import (
 )
 from llama2_lite.tokenizer import Tokenizer
 
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,  # one endless epoch; max_steps ends it
+    "check_val_every_n_epoch": None,
+    "use_distributed_sampler": False,  # the loader knows its processes
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,  # there is one of ours
+    "enable_model_summary": False,
+}
+
 
 def prepare_process() -> None:
     """Set up this process for training, quietly: memory, threads, warnings."""
@@ -224,12 +233,7 @@ def trainer_parts(
         ],
         "logger": [CsvLog(folder / "logs" / "metrics.csv"), *(loggers or [])],
         "plugins": [SafeCheckpointIO()],
-        "max_epochs": -1,  # one endless epoch; max_steps ends it
-        "check_val_every_n_epoch": None,
-        "use_distributed_sampler": False,  # the loader knows its processes
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
+        **TRAINER_DEFAULTS,
     }
 
 
