@@ -163,7 +163,7 @@ def decoding_speed(n_kv_heads: int, context: int, batch_size: int) -> dict[str, 
         hidden_dim=CONFIG["decoding_hidden_dim"],
         max_seq_len=context + n_new,
     )
-    model = Llama(config).bfloat16().eval()
+    model = Llama(config).eval()
     caches = model.new_cache(batch_size, context + n_new)
     token = torch.zeros(batch_size, 1, dtype=torch.int64)
 
