@@ -25,13 +25,14 @@ from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 from llama2_lite.town import Probe, Town, build_town
 
 CONFIG = {
+    "people": 12,
     "preset": "town-small",
     "factual": ["biography", "question"],
-    "factual_documents": 2000,
+    "factual_documents": 1000,
     "other_documents": 40_000,
-    "shares": [0.05, 0.1, 0.2, 0.4],
-    "characters": 5_000_000,
-    "steps": 400,
+    "shares": [0.05, 0.15, 0.45],
+    "characters": 6_000_000,
+    "steps": 500,
     "batch_size": 32,
     "sequence_length": 128,
     "peak_lr": 8e-3,
@@ -108,7 +109,7 @@ def bits_per_character(model: Llama, data: TokenDataset) -> float:
 
 
 def main() -> None:
-    town = build_town()
+    town = build_town(n_people=CONFIG["people"])
     training = sources(town)
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
