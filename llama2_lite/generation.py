@@ -27,7 +27,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     dropped = torch.zeros_like(logits, dtype=torch.bool)
-    dropped.scatter_(-1, order, before > top_p)
+    dropped.scatter_(-1, order, before.clamp(max=1) > top_p)
     return logits.masked_fill(dropped, float("-inf"))
 
 
