@@ -167,6 +167,7 @@ def write_on(
         [ids],
         max_new_tokens=n_tokens,
         temperature=temperature,
+        top_p=0.95,
         stop_ids=[tokenizer.eos_id],
         seed=seed,
     )
