@@ -73,7 +73,8 @@ def bad_cell(cell: NotebookNode) -> list[str]:
     tags = cell.metadata.get("tags", [])
     lines = cell.source.splitlines()
     length = len(lines) - docstring_lines(cell.source)
-    if "export" not in tags and length > MAX_CELL_LINES:
+    is_read = not {"export", "remove-input"} & set(tags)
+    if is_read and length > MAX_CELL_LINES:
         problems.append(f"{first!r} has {length} lines; the limit is {MAX_CELL_LINES}")
     wide = [line for line in lines if len(line) > 88]
     if wide:
