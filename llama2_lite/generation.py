@@ -255,25 +255,26 @@ def generate(
     numbers, ends = torch.tensor([list(rows), limits], device=device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     done = torch.zeros_like(alive, dtype=torch.bool)
-    ids = torch.zeros(len(prompts), n_steps, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(prompts), n_steps, device=device)
+    history = []
 
     for step in range(n_steps):
         tokens, scores = _choose(
-            decoder.logits, temperature, top_p, seed, numbers[alive], step
+            decoder.logits, temperature, top_p, seed, numbers, step
         )
-        ids[alive, step], logprobs[alive, step] = tokens, scores
+        history.append((alive, tokens, scores))
         if stop_ids or min(limits) < n_steps:
-            done |= torch.isin(tokens, stops) | (ends[alive] == step + 1)
+            done |= torch.isin(tokens, stops) | (ends == step + 1)
             n_done = int(done.sum())
             if n_done == len(alive):
                 break
             if 4 * n_done >= len(alive) and not compiled:
-                decoder.keep(~done)
-                alive, tokens, done = alive[~done], tokens[~done], done[~done]
+                kept = ~done
+                decoder.keep(kept)
+                alive, numbers, ends = alive[kept], numbers[kept], ends[kept]
+                tokens, done = tokens[kept], done[kept]
         if step + 1 < n_steps:
             decoder.step(tokens)
-    return _collect(ids.tolist(), logprobs.tolist(), limits, stop_ids)
+    return _collect(history, limits, stop_ids)
 
 
 def _choose(
@@ -289,20 +290,21 @@ def _choose(
 
 
 def _collect(
-    ids: list[list[int]],
-    logprobs: list[list[float]],
-    limits: list[int],
-    stop_ids: set[int],
+    history: list[tuple[Tensor, Tensor, Tensor]], limits: list[int], stop_ids: set[int]
 ) -> Generation:
-    """Cut each row where it ended."""
-    result = Generation([], [], [])
-    for row, scores, limit in zip(ids, logprobs, limits, strict=True):
-        stops = (i for i, token in enumerate(row[:limit]) if token in stop_ids)
-        last = next(stops, None)
-        end = limit if last is None else last + 1
-        result.ids.append(row[:end])
-        result.logprobs.append(scores[:end])
-        result.finished.append(last is not None)
+    """Sort what the steps brought by rows, each up to its own end."""
+    n_rows = len(limits)
+    result = Generation(
+        [[] for _ in range(n_rows)], [[] for _ in range(n_rows)], [False] * n_rows
+    )
+    for alive, tokens, scores in history:
+        columns = alive.tolist(), tokens.tolist(), scores.tolist()
+        for row, token, score in zip(*columns, strict=True):
+            if result.finished[row] or len(result.ids[row]) == limits[row]:
+                continue  # it ended, but has not left the batch yet
+            result.ids[row].append(token)
+            result.logprobs[row].append(score)
+            result.finished[row] = token in stop_ids
     return result
 
 
