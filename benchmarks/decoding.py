@@ -6,6 +6,7 @@ else the machine does falls on both. Ratios are of medians.
 """
 
 import argparse
+import copy
 import json
 import re
 import statistics
@@ -19,7 +20,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from llama2_lite.generation import generate
+from llama2_lite.generation import generate, order_for_decoding
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.runtime.artifacts import machine_name, write_json
 
@@ -32,15 +33,18 @@ Side = Callable[[torch.Tensor], list[list[int]]]
 
 
 def make_sides(preset: str, dtype: torch.dtype) -> tuple[Llama, dict[str, Side]]:
-    """Three ways to continue prompts, (B, T), by NEW greedy tokens."""
+    """Four ways to continue prompts, (B, T), by NEW greedy tokens."""
     torch.manual_seed(0)
     model = Llama(LlamaConfig.preset(preset)).to(dtype)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")
         theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
     model, theirs = model.to(DEVICE).eval(), theirs.to(DEVICE).eval()
+    ordered = order_for_decoding(copy.deepcopy(model))
 
-    def ours(prompts: torch.Tensor, compiled: bool = False) -> list[list[int]]:
+    def ours(
+        model: Llama, prompts: torch.Tensor, compiled: bool = False
+    ) -> list[list[int]]:
         rows = prompts.tolist()
         found = generate(
             model, rows, max_new_tokens=NEW, temperature=0, compiled=compiled
@@ -61,8 +65,9 @@ def make_sides(preset: str, dtype: torch.dtype) -> tuple[Llama, dict[str, Side]]
 
     return model, {
         "transformers": transformers,
-        "ours": ours,
-        "ours, compiled": lambda prompts: ours(prompts, compiled=True),
+        "ours, not ordered for decoding": lambda prompts: ours(model, prompts),
+        "ours": lambda prompts: ours(ordered, prompts),
+        "ours, compiled": lambda prompts: ours(ordered, prompts, compiled=True),
     }
 
 

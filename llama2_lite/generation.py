@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama2_lite.attention import KVCache, causal_mask
 from llama2_lite.model import Llama
@@ -388,3 +388,15 @@ def stream_text(
     before, now = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:])
     if now != before:
         yield now[len(before) :]
+
+
+def order_for_decoding(model: Llama) -> Llama:
+    """Lay out the matrices of a model so that a CPU multiplies single rows quickly.
+
+    The model computes what it did before, and is the same object. Not for training:
+    gradients would have to be copied into this order, and sharding refuses it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.T.contiguous().T
+    return model

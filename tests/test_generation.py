@@ -16,6 +16,7 @@ from llama2_lite.generation import (
     gumbel_noise,
     keep_top_p,
     next_tokens,
+    order_for_decoding,
     stream,
     stream_text,
 )
@@ -313,6 +314,22 @@ def test_compiled_for_real():
     plain = generate(model, prompts, max_new_tokens=12, seed=6)
     found = generate(model, prompts, max_new_tokens=12, seed=6, compiled=True)
     assert found.ids == plain.ids
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_order_for_decoding_changes_no_number(tie_embeddings, tmp_path):
+    model = random_model(tie_embeddings=tie_embeddings)
+    expected = generate(model, [[1, 2, 3], [9]], max_new_tokens=20, seed=6)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert order_for_decoding(order_for_decoding(model)) is model
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert model.layers[0].attention.wq.weight.stride() == (1, 32)
+    found = generate(model, [[1, 2, 3], [9]], max_new_tokens=20, seed=6)
+    assert found.ids == expected.ids
+    model.save_pretrained(tmp_path / "model")
+    again = Llama.from_pretrained(tmp_path / "model")
+    assert torch.equal(again.output.weight, weights["output.weight"])
 
 
 # The stream
