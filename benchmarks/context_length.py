@@ -1,21 +1,20 @@
 """A short against a long window: `python benchmarks/context_length.py`.
 
-Three models see equally many tokens of the town, half of them ledgers, in which what is
-brought in the morning is taken home in the evening, hundreds of tokens later. One is
-trained on windows of 128 tokens, one on windows of 1,024, and one on short windows
-first and long ones at the end. Chapter 09 shows the results.
+Three models see equally many tokens of the town: in windows of 32 tokens, in windows of
+256, and mostly short with every fourth batch long. Each is then asked about documents
+that fit into a short window and about the rest of those that do not. Chapter 09 shows
+the results.
 """
 
 import logging
-import re
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from random import Random
 
 import torch
 from lightning import Trainer
+from loss_curves import recall
 
 from llama2_lite.corpus import write_shards
 from llama2_lite.model import Llama, LlamaConfig
@@ -25,89 +24,27 @@ from llama2_lite.pretraining import (
     best_precision,
 )
 from llama2_lite.runtime.artifacts import write_result
-from llama2_lite.tokenizer import Tokenizer, train_tokenizer
-from llama2_lite.town import Town, build_town
+from llama2_lite.tokenizer import train_tokenizer
+from llama2_lite.town import build_town
 
+SHORT, LONG = 32, 256
 CONFIG = {
     "model": {"dim": 64, "n_layers": 3, "n_heads": 2, "hidden_dim": 176},
     "vocab_size": 1024,
-    "characters": 8_000_000,
-    "steps": 1200,
-    "peak_lr": 8e-3,
-    "warmup": 60,
-    "windows": {
-        "128": [(1.0, 128, 32)],
-        "1,024": [(1.0, 1024, 4)],
-        "mixed": [(0.75, 128, 32), (0.25, 1024, 4)],
+    "people": 16,
+    "documents": 120_000,
+    "test_documents": 400,
+    "steps": 2000,
+    "peak_lr": 1e-2,
+    "warmup": 100,
+    "lengths": {
+        "short": [(1.0, SHORT, 64)],
+        "long": [(1.0, LONG, 8)],
+        "mixed": [(0.75, SHORT, 64), (0.25, LONG, 8)],
     },
-    "test_ledgers": 40,
 }
 SEEDS = [0, 1, 2]
 OUTPUT = Path(__file__).parents[1] / "book" / "results" / "context_length.json"
-
-
-def half_ledgers(town: Town, n_characters: int, seed: int) -> list[str]:
-    """Documents of which ledgers are half, in characters, and the rest as usual."""
-    kinds = {"ledger": ["ledger"], "other": None}
-    documents: list[str] = []
-    for kind in kinds.values():
-        length = 0
-        for document in town.documents(10**9, seed, kind):
-            documents.append(document.text)
-            length += len(document.text)
-            if length >= n_characters / 2:
-                break
-    Random(seed).shuffle(documents)
-    return documents
-
-
-def evening_lines(ledger: str) -> list[tuple[str, str]]:
-    """What comes before each thing taken home, and the thing, without its period.
-
-    The period is left out because it may share a token with the line end after it.
-    """
-    evening = ledger.index("In the evening")
-    matches = re.finditer(r"(\w+ takes home)( .*)\.", ledger[evening:])
-    return [(ledger[: evening + m.end(1)], m[2]) for m in matches]
-
-
-@torch.no_grad()
-def recall(
-    model: Llama, tokenizer: Tokenizer, ledgers: list[str], window: int
-) -> dict[str, float]:
-    """Things named right, and the loss on their tokens, seeing ``window`` tokens.
-
-    Greedy decoding gives the answer exactly if each of its tokens is the most likely
-    one after those before it, so one pass over prompt and answer decides.
-    """
-    right, losses, n_lines = 0, [], 0
-    for ledger in ledgers:
-        for before, answer in evening_lines(ledger):
-            start = len(tokenizer.encode(before, bos=True))
-            ids = torch.tensor(tokenizer.encode(before + answer, bos=True))
-            first = max(0, len(ids) - 1 - window)
-            logits = model(ids[None, first:-1])[0, start - 1 - first :].float()
-            answer_ids = ids[start:]
-            right += bool((logits.argmax(-1) == answer_ids).all())
-            losses.append(torch.nn.functional.cross_entropy(logits, answer_ids))
-            n_lines += 1
-    return {"right": right / n_lines, "loss": float(torch.stack(losses).mean())}
-
-
-@torch.no_grad()
-def usual_loss(
-    model: Llama, tokenizer: Tokenizer, documents: list[str], window: int
-) -> float:
-    """Mean loss per token of documents on their own, at most ``window`` tokens."""
-    total, n_tokens = 0.0, 0
-    for document in documents:
-        ids = torch.tensor(tokenizer.encode(document, bos=True, eos=True))[: window + 1]
-        logits = model(ids[None, :-1])[0].float()
-        total += float(
-            torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
-        )
-        n_tokens += len(ids) - 1
-    return total / n_tokens
 
 
 def train(folder: Path, lengths: list[tuple[float, int, int]], seed: int) -> Llama:
@@ -115,7 +52,7 @@ def train(folder: Path, lengths: list[tuple[float, int, int]], seed: int) -> Lla
     config = LlamaConfig(
         n_kv_heads=CONFIG["model"]["n_heads"],
         vocab_size=CONFIG["vocab_size"],
-        max_seq_len=1024,
+        max_seq_len=LONG,
         **CONFIG["model"],
     )
     module = PretrainingModule(
@@ -125,6 +62,7 @@ def train(folder: Path, lengths: list[tuple[float, int, int]], seed: int) -> Lla
     trainer = Trainer(
         max_epochs=-1,
         max_steps=CONFIG["steps"],
+        accelerator="cpu",
         precision=best_precision(),
         use_distributed_sampler=False,
         limit_val_batches=0,
@@ -137,45 +75,70 @@ def train(folder: Path, lengths: list[tuple[float, int, int]], seed: int) -> Lla
     return module.model.eval()
 
 
+@torch.no_grad()
+def losses(model: Llama, document: list[int], window: int) -> torch.Tensor:
+    """Loss of each token of a document but the first, seeing ``window`` before it."""
+    ids = torch.tensor(document)
+    logits = model(ids[None, : min(window, len(ids) - 1)])[0]
+    if len(ids) - 1 > window:  # each later token gets a window of its own
+        later = model(ids[1:-1].unfold(0, window, 1))[:, -1]
+        logits = torch.cat([logits, later])
+    return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+
+
+def evaluate(model: Llama, documents: list[list[int]], window: int) -> dict[str, float]:
+    """Mean loss on short documents, and on long ones beyond the short window.
+
+    The latter also if the model may see no more than the short window.
+    """
+    short = [losses(model, ids, window) for ids in documents if len(ids) - 1 <= SHORT]
+    long = [ids for ids in documents if len(ids) - 1 > SHORT]
+    beyond = [losses(model, ids, window)[SHORT:] for ids in long]
+    blinkered = [losses(model, ids, SHORT)[SHORT:] for ids in long]
+    return {
+        "short": float(torch.cat(short).mean()),
+        "beyond": float(torch.cat(beyond).mean()),
+        "blinkered": float(torch.cat(blinkered).mean()),
+    }
+
+
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    town = build_town()
-    results = {name: [] for name in CONFIG["windows"]}
-    ledgers = [
-        document.text
-        for document in town.documents(CONFIG["test_ledgers"], 1000, ["ledger"])
-    ]
-    others = [
-        document.text
-        for document in town.documents(400, 1000)
-        if document.kind != "ledger"
-    ]
+    town = build_town(n_people=CONFIG["people"])
+    probes = town.fact_probes("trained")
+    texts = [document.text for document in town.documents(CONFIG["documents"])]
+    held_out = town.documents(CONFIG["test_documents"], seed=1000)
+    results: dict[str, list[dict[str, float]]] = {
+        name: [] for name in CONFIG["lengths"]
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        documents = half_ledgers(town, CONFIG["characters"], seed=0)
         tokenizer = train_tokenizer(
-            documents[:5000], folder / "tokenizer.model", CONFIG["vocab_size"]
+            texts[:10_000], folder / "tokenizer.model", CONFIG["vocab_size"]
         )
-        write_shards(documents, tokenizer, folder / "train")
+        write_shards(texts, tokenizer, folder / "train")
+        documents = [
+            tokenizer.encode(document.text, bos=True, eos=True)[: LONG + 1]
+            for document in held_out
+        ]
         for seed in SEEDS:
-            for name, lengths in CONFIG["windows"].items():
+            for kind, lengths in CONFIG["lengths"].items():
                 model = train(folder, lengths, seed)
                 window = max(length for _, length, _ in lengths)
-                figures = {
-                    "ledgers": recall(model, tokenizer, ledgers, window),
-                    "other_loss": usual_loss(model, tokenizer, others, window),
-                }
-                print(seed, name, figures, file=sys.stderr, flush=True)
-                results[name].append(figures)
+                figures = evaluate(model, documents, window)
+                figures["facts"] = recall(model, tokenizer, probes)
+                print(seed, kind, figures, file=sys.stderr, flush=True)
+                results[kind].append(figures)
     modules = ["town", "tokenizer", "corpus", "layers", "attention", "model"]
+    n_long = sum(len(ids) - 1 > SHORT for ids in documents)
     write_result(
         OUTPUT,
         config=CONFIG,
         seeds=SEEDS,
         modules=[*modules, "pretraining"],
         script=__file__,
-        results=results,
+        results={"long_documents": n_long, "runs": results},
     )
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -214,25 +215,30 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--no-compile", action="store_true", help="skip compilation")
     parser.add_argument("--seconds", type=float, default=20, help="for each size")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    slug = re.sub(r"\W+", "-", machine_name().lower())
+    output = Path(__file__).parent / "results" / f"training-{slug}.json"
+    parser.add_argument("--output", type=Path, default=output, help="a JSON file")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         print_memory(*arguments.memory_of)
         return
-    results = {}
+    record: dict[str, object] = {
+        "machine": machine_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "precision": PRECISION,
+    }
+    if arguments.output.exists():  # other sizes may have been measured before
+        old = json.loads(arguments.output.read_text())
+        results = old["results"] if record.items() <= old.items() else {}
+    else:
+        results = {}
     for size in arguments.sizes:
         results[size] = measure(size, not arguments.no_compile, arguments.seconds)
         print(size, json.dumps(results[size], indent=1), flush=True)
-    if arguments.output:
-        record = {
-            "machine": machine_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "precision": PRECISION,
-            "results": results,
-        }
-        write_json(arguments.output, record)
+        write_json(arguments.output, {**record, "results": results})
 
 
 if __name__ == "__main__":
