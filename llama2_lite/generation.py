@@ -88,42 +88,24 @@ def next_tokens(
     return (logits + noise).argmax(-1)
 
 
-class FixedCache(KVCache):
-    """A cache whose shapes are the same at every step, so one compiled step fits all.
-
-    A new token goes to the slot that a tensor names, and all slots come back: a mask
-    has to hide those that are still empty.
-
-    Args:
-        cache: what is there so far; its memory is taken over.
-        position: the next slot, (1,); the caller moves it on.
-    """
-
-    def __init__(self, cache: KVCache, position: Tensor):
-        self.keys, self.values = cache.keys, cache.values
-        self.position = position
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token, (B, K, 1, D); returns all slots, (B, K, room, D)."""
-        self.keys.index_copy_(2, self.position, keys)
-        self.values.index_copy_(2, self.position, values)
-        return self.keys, self.values
-
-
-def fixed_step(
-    model: Llama, tokens: Tensor, caches: list[KVCache], position: Tensor, pads: Tensor
+def decode_step(
+    model: Llama,
+    tokens: Tensor,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    caches: list[KVCache],
 ) -> Tensor:
     """Logits after one more token for each row, from (B,) to (B, V)."""
-    slots = torch.arange(caches[0].keys.shape[2], device=tokens.device)
-    mask = (slots >= pads) & (slots <= position)  # (B, room)
-    own = (position - pads).clamp(max=model.config.max_seq_len - 1)  # (B, 1)
-    return model(tokens[:, None], own, mask[:, None, None], caches)[:, -1]
+    return model(tokens[:, None], positions, mask, caches)[:, -1]
 
 
 @cache
 def compiled_step() -> Any:
-    """`fixed_step`, compiled when it is first called: half a minute on a CPU."""
-    return torch.compile(fixed_step)
+    """`decode_step`, compiled when it is first called, half a minute on a CPU.
+
+    It is compiled once for one row and once for more, for any number of tokens.
+    """
+    return torch.compile(decode_step, dynamic=True)
 
 
 class Decoder:
@@ -154,8 +136,6 @@ class Decoder:
         self.model, self.compiled, self.padded = model, compiled, any(padding)
         self.pads = torch.tensor(padding, device=device)[:, None]  # (B, 1)
         room = longest + n_new
-        if compiled:  # a power of two, so that few different ones are ever compiled
-            room = 1 << (room - 1).bit_length()
         self.caches = model.new_cache(len(prompts), room)
         positions = mask = None
         slots = torch.arange(room, device=device)
@@ -168,25 +148,17 @@ class Decoder:
             mask = (mask | itself)[:, None]  # (B, 1, T, T)
         hidden = model(tokens, positions, mask, self.caches, return_hidden=True)
         self.logits = model.output(hidden[:, -1])  # (B, V)
-        if compiled:
-            self.position = torch.tensor([longest], device=device)
-            self.caches = [FixedCache(layer, self.position) for layer in self.caches]
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token for each row, (B,); ``logits`` are then those after it."""
-        if self.compiled:
-            self.logits = compiled_step()(
-                self.model, tokens, self.caches, self.position, self.pads
-            )
-            self.position += 1  # in place: the layers share it
-            return
         positions = mask = None
         if self.padded:
             length = self.caches[0].length
             last = self.model.config.max_seq_len - 1
             positions = (length - self.pads).clamp(max=last)  # (B, 1)
             mask = self.real[:, None, None, : length + 1]
-        self.logits = self.model(tokens[:, None], positions, mask, self.caches)[:, -1]
+        step = compiled_step() if self.compiled else decode_step
+        self.logits = step(self.model, tokens, positions, mask, self.caches)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows only: a mask, (B,)."""
