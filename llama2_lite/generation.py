@@ -118,7 +118,7 @@ class Decoder:
         model: its device and type are used.
         prompts: ids, of any lengths.
         n_new: how many tokens will follow at most.
-        compiled: compile the step; worth it for thousands of tokens.
+        compiled: compile the step; worth it for many thousand steps.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def generate(
         seed: of the noise; the same seed gives the same tokens.
         rows: a number for each prompt, which decides its noise together with the
             seed: it gets the same tokens in any batch; 0, 1, 2, ... if left out.
-        compiled: compile the step of one token; worth it for thousands of tokens.
+        compiled: compile the step of one token; worth it for many thousand steps.
 
     Raises:
         ValueError: if a prompt is empty or does not fit into the context, or if a
