@@ -1,0 +1,628 @@
+"""Reward models.
+
+Exported from book/13_reward.md, which explains every part. Edit it there,
+then `make export`.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from llama2_lite.chat import Dialog, answer, encode_dialog
+from llama2_lite.model import (
+    ROTARY,
+    WEIGHTS,
+    Llama,
+    LlamaConfig,
+    check_names,
+    hugging_face_name,
+    move_into_place,
+    read_config,
+    read_hugging_face,
+    read_json,
+    rotary_pairs,
+    write_json,
+)
+from llama2_lite.pretraining import MixedLengthLoader, PretrainingModule
+from llama2_lite.tokenizer import Tokenizer
+from llama2_lite.town import (
+    LEVELS,
+    SAFETY_BINS,
+    Annotators,
+    Preference,
+    Task,
+    Town,
+    choose_named,
+)
+
+
+def collect_preferences(
+    models: Sequence[Llama],
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    annotators: Annotators,
+    *,
+    axis: str = "helpfulness",
+    temperatures: Sequence[float] = (0.7, 1.0, 1.3),
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> list[Preference]:
+    """Let annotators compare two answers of models to each request.
+
+    Each answer comes from one of the models at one of the temperatures, drawn evenly.
+    Left out are requests whose two answers are equal, or one empty, and, where the
+    axis is safety, those whose chosen answer alone is unsafe. Source: paper §3.2.1.
+
+    Args:
+        models: variants to draw answers from.
+        tasks: one comparison for each.
+        axis: what annotators look at, "helpfulness" or "safety".
+        max_new_tokens: longest answer.
+        seed: of the answers.
+    """
+    random = Random(f"preferences {seed}")
+    ways = [(model, t) for model in range(len(models)) for t in temperatures]
+    drawn = [(random.choice(ways), i) for i in range(len(tasks)) for _ in range(2)]
+    answers: list[list[str]] = [[] for _ in tasks]
+    for number, way in enumerate(ways):
+        model, temperature = way
+        asked = [i for other, i in drawn if other == way]
+        texts = answer(
+            models[model],
+            tokenizer,
+            [tasks[i].dialog() for i in asked],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed * len(ways) + number,
+        )
+        for i, text in zip(asked, texts, strict=True):
+            answers[i].append(text)
+    found = []
+    for task, (first, second) in zip(tasks, answers, strict=True):
+        if first != second and first and second:
+            found.append(annotators.compare(task, first, second, axis))
+    return [preference for preference in found if preference is not None]
+
+
+def written_preferences(
+    town: Town,
+    tasks: Sequence[Task],
+    annotators: Annotators,
+    *,
+    axis: str = "helpfulness",
+    flaws: Sequence[str] = ("wrong", "off_topic", "rude", "evasive", "terse"),
+    seed: int = 0,
+) -> list[Preference]:
+    """Let annotators compare a good answer with a flawed one, both written by hand.
+
+    They stand for the paper's open-source data, which came from other writers and
+    models.
+
+    Args:
+        tasks: one comparison for each.
+        axis: what annotators look at.
+        flaws: one is drawn for each request, see `Town.bad_answer`.
+        seed: of the flaws and of the wordings.
+    """
+    random = Random(f"written {seed}")
+    found = []
+    for task in tasks:
+        bad = town.bad_answer(task, random.choice(list(flaws)), random)
+        if bad != task.reference:
+            found.append(annotators.compare(task, task.reference, bad, axis))
+    return [preference for preference in found if preference is not None]
+
+
+def mix_pairs(
+    own: Sequence[Preference], others: Sequence[Preference], share: float, seed: int = 0
+) -> list[Preference]:
+    """All of a model's own pairs, and as many others that ``share`` are its own.
+
+    Others are drawn evenly, without repetition; if there are too few, all are taken.
+    Source: paper §3.2.2, where the share is 0.5 for helpfulness and 0.9 for safety.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, but is {share}")
+    wanted = round(len(own) * (1 - share) / share)
+    random = Random(f"mix {seed}")
+    return [*own, *random.sample(list(others), min(wanted, len(others)))]
+
+
+MARGINS = {
+    name: dict(zip(LEVELS, margins, strict=True))
+    for name, margins in {
+        "none": (0.0, 0.0, 0.0, 0.0),
+        "small": (1.0, 2 / 3, 1 / 3, 0.0),
+        "large": (3.0, 2.0, 1.0, 0.0),
+    }.items()
+}  # paper, Table 27
+
+
+def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+    """Mean of -log sigmoid(chosen - rejected - margin).
+
+    Args:
+        chosen, rejected: raw scores of the two answers, (B,).
+        margin: how far apart they should be, (B,).
+
+    Returns:
+        A scalar, fp32.
+
+    Raises:
+        ValueError: if the shapes differ; (B, 1) with (B,) would compare all with all.
+    """
+    shapes = [tuple(x.shape) for x in (chosen, rejected, margin)]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+        raise ValueError(
+            "chosen, rejected and margin must all have the shape (B,), but have "
+            f"{', '.join(map(str, shapes))}"
+        )
+    return -F.logsigmoid(chosen.float() - rejected.float() - margin).mean()
+
+
+UNKNOWN = -1
+
+
+def safety_loss(scores: Tensor, is_safe: Tensor) -> Tensor:
+    """Mean of -log sigmoid(score) for safe answers and -log sigmoid(-score) for others.
+
+    Binary cross-entropy: our choice, since the paper names an auxiliary safety loss
+    and gives no formula (Table 29).
+
+    Args:
+        scores: raw, (N,).
+        is_safe: 1 for safe, 0 for unsafe, -1 where nobody was asked, (N,); the last
+            do not count.
+
+    Returns:
+        A scalar, fp32; 0 if nobody was asked about any.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if scores.dim() != 1 or scores.shape != is_safe.shape:
+        raise ValueError(
+            "scores and is_safe must both have the shape (N,), but have "
+            f"{tuple(scores.shape)} and {tuple(is_safe.shape)}"
+        )
+    known = is_safe != UNKNOWN
+    losses = F.binary_cross_entropy_with_logits(
+        scores.float(), is_safe.clamp(min=0).float(), reduction="none"
+    )
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+class RewardModel(nn.Module):
+    """A chat model that gives one number instead of a token.
+
+    Its output matrix is exchanged for one row, which reads the last token. The number
+    is raw: its sigmoid is what the paper calls the score. Source: paper §3.2.2.
+
+    Args:
+        config: of the Llama; its output matrix, which is not used, is tied to the
+            embedding and so takes no room.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        sizes = vars(config) | {"tie_embeddings": True}
+        self.llama = Llama(LlamaConfig(**sizes))
+        self.head = nn.Linear(config.dim, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The sizes of the Llama."""
+        return self.llama.config
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Raw scores of dialogues, (B,).
+
+        Args:
+            tokens: ids, (B, T), padded behind with anything.
+            lengths: of the dialogues, (B,).
+        """
+        hidden = self.llama(tokens, return_hidden=True)  # (B, T, C)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        last = hidden[rows, lengths - 1]  # (B, C)
+        return self.head(last)[:, 0].float()
+
+    @torch.no_grad()
+    def score(
+        self, tokenizer: Tokenizer, dialogs: Sequence[Dialog], batch_size: int = 256
+    ) -> Tensor:
+        """Raw scores of dialogues that end with the assistant, (N,), on the CPU.
+
+        Raises:
+            ValueError: if a dialogue is refused, ends otherwise, or is too long.
+        """
+        rows = [
+            encode_answered(dialog, tokenizer, self.config.max_seq_len, f"dialogue {i}")
+            for i, dialog in enumerate(dialogs)
+        ]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = torch.empty(len(rows))
+        device = self.head.weight.device
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            tokens, lengths = pad_rows([rows[i] for i in some])
+            scores[some] = self(tokens.to(device), lengths.to(device)).cpu()
+        return scores
+
+    @classmethod
+    def from_chat(cls, folder: str | Path) -> "RewardModel":
+        """Start from a chat model: all its weights but the output matrix.
+
+        The head starts at zero (our choice), so that at first all answers are equal.
+
+        Raises:
+            FileNotFoundError, ValueError: see `Llama.from_pretrained`.
+        """
+        chat = Llama.from_pretrained(folder)
+        model = cls(chat.config)
+        weights = chat.state_dict()
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+        model.llama.load_state_dict(weights)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "RewardModel":
+        """Open what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder or a file of it is missing.
+            ValueError: if it holds another kind of model.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is not a model: it has no config.json")
+        config, (tensors,) = read_hugging_face(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        parameters = dict(model.llama.named_parameters())
+        names = {name: hugging_face_name(name) for name in parameters}
+        check_names(folder, {*names.values(), HEAD}, set(tensors))
+        state = {"head.weight": tensors[HEAD]}
+        for name, theirs in names.items():
+            is_rotary, tensor = name.endswith(ROTARY), tensors[theirs]
+            tensor = rotary_pairs(tensor, config.head_dim) if is_rotary else tensor
+            state[f"llama.{name}"] = tensor.clone()
+        state["llama.output.weight"] = state["llama.tok_embeddings.weight"]
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[1].strip()
+            raise ValueError(f"{folder}: {problem}") from None
+        model.llama._derive()
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer | None = None,
+        force: bool = False,
+    ) -> None:
+        """Write a folder that transformers opens as LlamaForSequenceClassification.
+
+        Raises:
+            FileExistsError: if the folder exists and ``force`` is not given.
+        """
+        folder = Path(folder)
+        if folder.exists() and not force:
+            raise FileExistsError(f"{folder} exists; it is replaced only by force")
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}.reward")
+        try:
+            self.llama.save_pretrained(beside, tokenizer)
+            add_head(beside, self.head.weight.detach().cpu())
+            move_into_place(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+HEAD = "score.weight"  # as transformers calls it
+
+
+def add_head(folder: Path, weight: Tensor) -> None:
+    """Make the folder of a Llama that of a classifier with one output."""
+    path = max(folder.glob("*.safetensors"))
+    tensors = load_file(path) | {HEAD: weight.contiguous()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    if (index := folder / f"{WEIGHTS}.index.json").is_file():
+        content = read_json(index)
+        content["weight_map"][HEAD] = path.name
+        content["metadata"]["total_size"] += weight.nbytes
+        write_json(index, content)
+    config = read_json(folder / "config.json")
+    config |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
+    config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    write_json(folder / "config.json", config)
+
+
+def encode_answered(
+    dialog: Dialog, tokenizer: Tokenizer, limit: int, name: str
+) -> list[int]:
+    """Ids of a dialogue that ends with the assistant, at most ``limit`` of them.
+
+    Raises:
+        ValueError: if it is refused, ends otherwise, or is too long; with its name.
+    """
+    try:
+        ids = encode_dialog(dialog, tokenizer).ids
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if dialog[-1]["role"] != "assistant":
+        raise ValueError(f"{name} does not end with an answer, so none can be scored")
+    if len(ids) > limit:
+        raise ValueError(f"{name} has {len(ids)} tokens, but {limit} are the limit")
+    return ids
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T), padded behind with 0, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+    return torch.from_numpy(tokens), lengths
+
+
+def answered(prompt: Sequence[Any], text: str) -> Dialog:
+    """A prompt with an answer to it."""
+    return [*prompt, {"role": "assistant", "content": text}]
+
+
+class PairBatch(NamedTuple):
+    """B pairs as 2B rows: the chosen answers, then the rejected ones.
+
+    Attributes:
+        tokens: prompts with answers, (2B, T), padded behind.
+        lengths: (2B,).
+        margins: (B,).
+        is_safe: 1, 0 or -1 for unknown, (2B,).
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    margins: Tensor
+    is_safe: Tensor
+
+
+class PreferenceDataset:
+    """Pairs as tokens, in a new order in each epoch.
+
+    Args:
+        pairs: what annotators preferred; without a level the margin is 0, without a
+            safety bin the safety is unknown.
+        tokenizer: of the chat model.
+        sequence_length: of a prompt with its answer, at most; longer ones are refused.
+        margins: which of `MARGINS`.
+        seed: of the orders.
+
+    Attributes:
+        n_tokens: of all pairs together.
+
+    Raises:
+        ValueError: if there are no pairs, or one is refused or has two equal answers.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Preference],
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        *,
+        margins: str = "none",
+        seed: int = 0,
+    ):
+        if not pairs:
+            raise ValueError("there are no pairs to learn from")
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._orders: dict[int, list[int]] = {}
+        by_level = {None: 0.0, **choose_named(margins, "margin", MARGINS)}
+        self.margins = [by_level[pair.level] for pair in pairs]
+        self.is_safe = [safety_of_pair(pair) for pair in pairs]
+        self.rows: list[tuple[list[int], list[int]]] = []
+        for number, pair in enumerate(pairs):
+            if pair.chosen.strip() == pair.rejected.strip():
+                raise ValueError(f"pair {number}: both answers are the same")
+            chosen, rejected = (
+                encode_answered(dialog, tokenizer, sequence_length, f"pair {number}")
+                for dialog in dialogs_of(pair)
+            )
+            self.rows.append((chosen, rejected))
+        self.n_tokens = sum(len(row) for pair in self.rows for row in pair)
+
+    def __len__(self) -> int:
+        """Pairs in an epoch."""
+        return len(self.rows)
+
+    def pairs(self, numbers: Sequence[int]) -> PairBatch:
+        """Some of the pairs, by their numbers, as a batch."""
+        sides = [[self.rows[i][side] for i in numbers] for side in (0, 1)]
+        safe = [self.is_safe[i][side] for side in (0, 1) for i in numbers]
+        margins = torch.tensor([self.margins[i] for i in numbers])
+        return PairBatch(*pad_rows(sides[0] + sides[1]), margins, torch.tensor(safe))
+
+    def batch(
+        self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> PairBatch:
+        """The pairs of one process at one step.
+
+        What a step sees in all processes together depends on the product of their
+        number and ``batch_size`` only.
+        """
+        first = (step * world_size + rank) * batch_size
+        places = (divmod(first + i, len(self)) for i in range(batch_size))
+        return self.pairs([self._order(epoch)[place] for epoch, place in places])
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            self._orders = {epoch: order.tolist()}
+        return self._orders[epoch]
+
+
+def dialogs_of(pair: Preference) -> tuple[Dialog, Dialog]:
+    """The prompt with the chosen and with the rejected answer."""
+    return answered(pair.prompt, pair.chosen), answered(pair.prompt, pair.rejected)
+
+
+def safety_of_pair(pair: Preference) -> tuple[int, int]:
+    """Whether chosen and rejected answer are safe: 1, 0, or -1 if nobody was asked."""
+    if pair.safety_bin is None:
+        return UNKNOWN, UNKNOWN
+    known = dict(zip(SAFETY_BINS, ((1, 0), (1, 1), (0, 0)), strict=True))
+    return choose_named(pair.safety_bin, "safety bin", known)
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Pairs to train on and pairs held out.
+
+    Args:
+        train, validation: pairs as tokens.
+        batch_size: pairs of a step over all processes.
+    """
+
+    def __init__(
+        self, train: PreferenceDataset, validation: PreferenceDataset, batch_size: int
+    ):
+        super().__init__()
+        self.train = train
+        self.validation = validation
+        self.batch_size = batch_size
+
+    def _processes(self) -> tuple[int, int]:
+        kwargs = self.trainer.distributed_sampler_kwargs
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    def train_dataloader(self) -> MixedLengthLoader:
+        """Batches without end."""
+        rank, world_size = self._processes()
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"{world_size} processes cannot share {self.batch_size} pairs evenly"
+            )
+        datasets: list[Any] = [self.train]
+        return MixedLengthLoader(datasets, [1.0], [self.batch_size], rank, world_size)
+
+    def val_dataloader(self) -> DataLoader[PairBatch]:
+        """All pairs held out, in order."""
+        rank, world_size = self._processes()
+        numbers = range(rank, len(self.validation), world_size)
+        starts = range(0, len(numbers), self.batch_size)
+        batches: Any = [
+            self.validation.pairs(numbers[i : i + self.batch_size]) for i in starts
+        ]
+        return DataLoader(batches, batch_size=None)
+
+
+class RewardModule(PretrainingModule):
+    """A reward model that learns from pairs.
+
+    Logs what `PretrainingModule` logs, and ``accuracy`` in validation: the share of
+    pairs whose chosen answer has the higher score. The warm-up is 3% of the steps and
+    at least 5 (paper §3.2.2).
+
+    Args:
+        chat: folder of the chat model to start from.
+        peak_lr: the highest learning rate.
+        safety_weight: of the auxiliary `safety_loss`.
+        weight_decay, clip_norm, lay_out: see `PretrainingModule`.
+    """
+
+    model: RewardModel  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        chat: str | Path,
+        peak_lr: float = 1e-5,
+        safety_weight: float = 0.0,
+        weight_decay: float = 0.1,
+        clip_norm: float = 1.0,
+        lay_out: Callable[[Llama], Llama] = lambda model: model,
+    ):
+        super().__init__(
+            read_config(Path(chat) / "config.json"),
+            peak_lr=peak_lr,
+            weight_decay=weight_decay,
+            clip_norm=clip_norm,
+            lay_out=lay_out,
+        )
+        self.chat = Path(chat)
+        self.safety_weight = safety_weight
+
+    def configure_model(self) -> None:
+        """Open the chat model, and exchange its head."""
+        if not hasattr(self, "model"):
+            self.model = RewardModel.from_chat(self.chat)
+            self.model.llama = self.lay_out(self.model.llama)
+
+    def on_train_start(self) -> None:
+        """Fix the warm-up, which depends on the number of steps."""
+        super().on_train_start()
+        self.warmup = max(5, math.ceil(0.03 * self.trainer.max_steps))
+
+    def loss(self, batch: PairBatch) -> Tensor:  # type: ignore[override]
+        """Ranking loss, and the safety loss with its weight."""
+        return self._losses(batch)[0]
+
+    def _losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """The loss, and which pairs are ranked as annotators did, (B,)."""
+        scores = self.model(batch.tokens, batch.lengths)
+        chosen, rejected = scores.chunk(2)
+        loss = ranking_loss(chosen, rejected, batch.margins)
+        if self.safety_weight:
+            loss = loss + self.safety_weight * safety_loss(scores, batch.is_safe)
+        return loss, chosen > rejected
+
+    def count_tokens(self, batch: PairBatch) -> int:  # type: ignore[override]
+        """Tokens that are not padding."""
+        return int(batch.lengths.sum())
+
+    def validation_step(  # type: ignore[override]
+        self, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Log loss and accuracy."""
+        loss, right = self._losses(batch)
+        log = {"on_epoch": True, "sync_dist": True, "batch_size": len(right)}
+        self.log("validation_loss", loss, **log)
+        self.log("accuracy", right.float().mean(), prog_bar=True, **log)
+
+
+def score_pairs(
+    model: RewardModel, tokenizer: Tokenizer, pairs: Sequence[Preference]
+) -> tuple[Tensor, Tensor]:
+    """Raw scores of the chosen and of the rejected answers, both (N,)."""
+    dialogs = [dialog for pair in pairs for dialog in dialogs_of(pair)]
+    scores = model.score(tokenizer, dialogs).view(-1, 2)
+    return scores[:, 0], scores[:, 1]
+
+
+def count_right(
+    chosen: Tensor, rejected: Tensor, labels: Sequence[str | None]
+) -> dict[str | None, tuple[int, int]]:
+    """For each label, such as a level: how many pairs are ranked right, of how many.
+
+    Args:
+        chosen, rejected: scores, (N,).
+        labels: one for each pair.
+    """
+    right = (chosen > rejected).tolist()
+    counts = {}
+    for label in dict.fromkeys(labels):
+        of_label = [r for r, other in zip(right, labels, strict=True) if other == label]
+        counts[label] = (sum(of_label), len(of_label))
+    return counts
