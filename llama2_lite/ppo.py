@@ -1,0 +1,615 @@
+"""PPO.
+
+Exported from book/15_ppo.md, which explains every part. Edit it there,
+then `make export`.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from llama2_lite.chat import Dialog, encode_dialog
+from llama2_lite.generation import generate
+from llama2_lite.model import Llama
+from llama2_lite.pretraining import MixedLengthLoader, configure_optimizer
+from llama2_lite.rejection import Score
+from llama2_lite.reward import RewardModel, pad_rows
+from llama2_lite.tokenizer import Tokenizer
+from llama2_lite.town import Oracle
+
+GATE = 0.15
+
+
+def check_shapes(**tensors: Tensor) -> None:
+    """Refuse tensors of different shapes, which PyTorch might broadcast.
+
+    Raises:
+        ValueError: with the shapes by name.
+    """
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in tensors.items())
+        raise ValueError(f"these must have one shape, but are {shapes}")
+
+
+def combined_reward(
+    helpfulness: Tensor, safety: Tensor, is_safety_prompt: Tensor
+) -> Tensor:
+    """Logit of the paper's R_c: safety where it is at stake, else helpfulness.
+
+    A sigmoid and its inverse cancel, so that raw scores go in and one of them comes
+    out; the threshold of 0.15 becomes its logit. Source: paper §3.2.3.
+
+    Args:
+        helpfulness, safety: raw scores of the two reward models, (B,).
+        is_safety_prompt: whether the prompt was tagged as one that may elicit unsafe
+            answers, bool, (B,).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    check_shapes(helpfulness=helpfulness, safety=safety, is_safety=is_safety_prompt)
+    at_stake = is_safety_prompt | (safety < math.log(GATE / (1 - GATE)))
+    return torch.where(at_stake, safety, helpfulness)
+
+
+def whiten(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Shift and scale to mean 0 and variance 1, over all entries or those of a mask.
+
+    The variance is over N, not N - 1. What is not in the mask becomes 0.
+
+    Raises:
+        ValueError: if the shapes differ, if a score is not finite, or if all are equal
+            or there is none, so that there is nothing to learn from.
+    """
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    check_shapes(scores=scores, mask=mask)
+    chosen = scores[mask].float()
+    if not chosen.isfinite().all():
+        n_bad = int((~chosen.isfinite()).sum())
+        raise ValueError(f"{n_bad} of {len(chosen)} rewards are not finite numbers")
+    if len(chosen) == 0 or bool((chosen == chosen[0]).all()):
+        raise ValueError(f"all {len(chosen)} rewards are equal: nothing can be learnt")
+    chosen = chosen - chosen.mean()
+    white = torch.zeros_like(scores, dtype=torch.float)
+    white[mask] = chosen / chosen.square().mean().sqrt()
+    return white
+
+
+def generalized_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How much better each token turned out than was expected before it.
+
+    Source: Schulman et al., 2016; the paper does not say how it estimates advantages.
+
+    Args:
+        rewards: of each token, (B, T).
+        values: expected sum of rewards from this token on, (B, T).
+        mask: which tokens are part of the answer, bool, (B, T).
+        gamma: discount of a token.
+        lam: 0 trusts the next value, 1 trusts the rewards alone.
+        bootstrap: value of what would follow the last token, (B,); 0 if left out.
+
+    Returns:
+        Advantages and returns (advantages + values), (B, T), 0 outside of the mask.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    check_shapes(rewards=rewards, values=values, mask=mask)
+    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
+    check_shapes(bootstrap=next_value, row=values[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        surprise = rewards[:, t] + gamma * next_value - values[:, t]
+        here = mask[:, t]
+        next_advantage = torch.where(
+            here, surprise + gamma * lam * next_advantage, next_advantage
+        )
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = next_advantage.masked_fill(~here, 0)
+    return advantages, (advantages + values).masked_fill(~mask, 0)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+) -> Tensor:
+    """Clipped surrogate objective of PPO, to be minimised; a mean over tokens.
+
+    Source: Schulman et al., 2017, equation 7; paper §3.2.3 for the threshold.
+
+    Args:
+        logprobs: of the tokens under the policy, (B, T).
+        old_logprobs: under the policy that wrote them, (B, T).
+        advantages: (B, T).
+        mask: which tokens count, bool, (B, T).
+        clip: how far a ratio of probabilities may be from 1 and still be rewarded.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    check_shapes(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
+    )
+    ratio = (logprobs - old_logprobs)[mask].exp()  # (N,)
+    gain = advantages[mask]
+    return -torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2
+) -> Tensor:
+    """Half the squared error of the values, clipped; a mean over tokens.
+
+    A value that has moved by more than ``clip`` gains nothing by moving on. Source:
+    Schulman et al., 2017, as OpenAI's code has it; the paper gives no value loss.
+
+    Args:
+        values, old_values: now, and when the answers were written, (B, T).
+        returns: what the values should be, (B, T).
+        mask: which tokens count, bool, (B, T).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
+    now, old, wanted = (x[mask] for x in (values, old_values, returns))
+    near = old + (now - old).clamp(-clip, clip)
+    return torch.max((now - wanted) ** 2, (near - wanted) ** 2).mean() / 2
+
+
+ScoreBoth = Callable[[list[Dialog], list[str]], tuple[Tensor, Tensor]]
+
+
+def model_scores(
+    helpfulness: RewardModel, safety: RewardModel, tokenizer: Tokenizer
+) -> ScoreBoth:
+    """Both reward models, each in one pass over the same batch.
+
+    Whatever a policy writes gets a score, also an empty answer.
+    """
+
+    @torch.no_grad()
+    def score(prompts: list[Dialog], answers: list[str]) -> tuple[Tensor, Tensor]:
+        rows = [
+            encode_dialog(prompt, tokenizer).ids
+            + tokenizer.encode(f"{answer.strip()} ", eos=True)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        tokens, lengths = (x.to(helpfulness.head.weight.device) for x in pad_rows(rows))
+        return helpfulness(tokens, lengths), safety(tokens, lengths)
+
+    return score
+
+
+def oracle_scores(oracle: Oracle) -> ScoreBoth:
+    """The truth about both, as logits: the best reward models there could be."""
+
+    def score(prompts: list[Dialog], answers: list[str]) -> tuple[Tensor, Tensor]:
+        ratings = [
+            oracle.rate(prompt[-1]["content"], answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        helpfulness, safety = torch.tensor(ratings).clamp(0.02, 0.98).logit().unbind(1)
+        return helpfulness, safety
+
+    return score
+
+
+def combine(score_both: ScoreBoth, safety_prompts: Collection[str]) -> Score:
+    """A single reward from two scores, see `combined_reward`.
+
+    Args:
+        score_both: from prompts and answers to helpfulness and safety, both (B,).
+        safety_prompts: what users say in the prompts that are tagged.
+    """
+    tagged = set(safety_prompts)
+
+    def score(prompts: list[Dialog], answers: list[str]) -> Tensor:
+        helpfulness, safety = score_both(prompts, answers)
+        is_safety = torch.tensor([p[-1]["content"] in tagged for p in prompts])
+        return combined_reward(helpfulness, safety, is_safety.to(safety.device))
+
+    return score
+
+
+class Prompt(NamedTuple):
+    """A dialogue that ends with the user, and its tokens."""
+
+    dialog: Dialog
+    ids: list[int]
+
+
+class PromptDataset:
+    """Prompts to answer, in a new order in each epoch.
+
+    Args:
+        dialogs: each ends with the user.
+        tokenizer: of the policy.
+        sequence_length: what a prompt and its answer may have together.
+        max_new_tokens: of these, kept for the answer.
+        seed: of all orders.
+
+    Raises:
+        ValueError: if there are none, or one is refused or too long.
+    """
+
+    def __init__(
+        self,
+        dialogs: Sequence[Dialog],
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        max_new_tokens: int,
+        seed: int = 0,
+    ):
+        self.prompts = [
+            Prompt(dialog, encode_dialog(dialog, tokenizer).ids) for dialog in dialogs
+        ]
+        if not self.prompts:
+            raise ValueError("there are no prompts")
+        for number, (dialog, ids) in enumerate(self.prompts):
+            if dialog[-1]["role"] != "user":
+                raise ValueError(f"prompt {number} does not end with the user")
+            if len(ids) + max_new_tokens > sequence_length:
+                raise ValueError(
+                    f"prompt {number} has {len(ids)} tokens, which leaves no room for "
+                    f"{max_new_tokens} more in a context of {sequence_length}"
+                )
+        self.tokenizer = tokenizer
+        self.sequence_length, self.seed = sequence_length, seed
+        self.n_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+
+    def __len__(self) -> int:
+        """Prompts in an epoch."""
+        return len(self.prompts)
+
+    def batch(
+        self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> list[Prompt]:
+        """The prompts of one process at one step, a pure function of the arguments."""
+        first = (step * world_size + rank) * batch_size
+        places = np.arange(first, first + batch_size)
+        orders = {
+            epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            for epoch in set((places // len(self)).tolist())
+        }
+        chosen = [orders[place // len(self)][place % len(self)] for place in places]
+        return [self.prompts[i] for i in chosen]
+
+
+class PromptDataModule(LightningDataModule):
+    """Prompts to learn from, and others to decide when to stop.
+
+    Args:
+        train, held_out: see `PromptDataset`.
+        batch_size: prompts of an iteration.
+    """
+
+    def __init__(self, train: PromptDataset, held_out: PromptDataset, batch_size: int):
+        super().__init__()
+        self.train, self.held_out, self.batch_size = train, held_out, batch_size
+
+    def train_dataloader(self) -> MixedLengthLoader:
+        """Batches of prompts without end."""
+        return MixedLengthLoader([self.train], [1.0], [self.batch_size])  # type: ignore[list-item]
+
+    def val_dataloader(self) -> DataLoader[list[Prompt]]:
+        """All held-out prompts, in one batch."""
+        batches = [self.held_out.prompts]
+        return DataLoader(batches, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+
+
+@dataclass
+class Rollout:
+    """Answers that the policy wrote, and all that is needed to learn from them.
+
+    Attributes:
+        ids: prompt and answer, padded behind, (B, T).
+        response_mask: which of them the policy wrote, with the EOS, bool, (B, T).
+        logprobs: of these tokens when they were written, (B, T), else 0.
+        reference_logprobs: under the policy before PPO, (B, T).
+        values: expected sum of rewards from this token on, (B, T).
+        rewards: of each token: KL penalty, and at the end what the answer got, (B, T).
+        advantages, returns: (B, T).
+        scores: of the answers, from the reward function, NaN for cut ones, (B,).
+        finished: whether an answer ended with EOS, bool, (B,).
+    """
+
+    ids: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    scores: Tensor
+    finished: Tensor
+
+    def rows(self, chosen: Tensor) -> "Rollout":
+        """Some of the answers, without the padding that these do not need."""
+        length = int(self.response_mask[chosen].nonzero()[:, 1].max()) + 1
+        parts = (getattr(self, field.name)[chosen] for field in fields(self))
+        return Rollout(*(p[:, :length] if p.dim() > 1 else p for p in parts))
+
+
+def answer_logprobs(model: Llama, ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability of each token of the answers, (B, T); 0 for other tokens.
+
+    Args:
+        ids: (B, T).
+        mask: the tokens of the answers, bool, (B, T); never the first of a row.
+    """
+    hidden = model(ids[:, :-1], return_hidden=True)[mask[:, 1:]]  # (N, C)
+    found = -F.cross_entropy(model.output(hidden).float(), ids[mask], reduction="none")
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, found)
+
+
+def token_values(critic: RewardModel, ids: Tensor) -> Tensor:
+    """Value after each token, (B, T)."""
+    return critic.head(critic.llama(ids, return_hidden=True))[..., 0].float()
+
+
+def values_before(values_after: Tensor, mask: Tensor) -> Tensor:
+    """From values after tokens to values before them, 0 outside of the mask, (B, T)."""
+    return F.pad(values_after[:, :-1], (1, 0)).masked_fill(~mask, 0)
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """The numbers of PPO, with the paper's where it gives them (§3.2.3).
+
+    Attributes:
+        minibatch_size: answers of one gradient step.
+        clip: of ratios and values.
+        kl_weight: beta, of the KL penalty. The paper's is 0.01 or 0.005.
+        gamma, lam: see `generalized_advantages` (ours).
+        critic: whether to learn values; without, an answer's return is compared with
+            the average of its batch, and ``lam`` is 1.
+        cut_penalty: what an answer without an end costs, in standard deviations of the
+            scores (ours).
+        max_new_tokens: longest answer.
+        lr: constant. The paper's is 1e-6.
+        critic_lr: of the value model (ours).
+        weight_decay, clip_norm: as in pretraining.
+    """
+
+    minibatch_size: int = 64
+    clip: float = 0.2
+    kl_weight: float = 0.05
+    gamma: float = 1.0
+    lam: float = 0.95
+    critic: bool = True
+    cut_penalty: float = 1.0
+    max_new_tokens: int = 64
+    lr: float = 1e-4
+    critic_lr: float = 1e-4
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+class PPOModule(LightningModule):
+    """A chat model that learns from rewards for its own answers.
+
+    One step of the trainer is one iteration: a batch of prompts is answered, scored,
+    and learnt from, in as many gradient steps as it has minibatches.
+
+    Args:
+        folder: of the chat model to start from, which stays the reference of the KL
+            penalty and is opened again when a run continues.
+        reward: scores answers, from prompts and answers to (B,).
+        settings: see `PPOSettings`.
+        seed: of the answers and of the order of the minibatches.
+    """
+
+    model: Llama
+    critic: RewardModel
+
+    def __init__(
+        self,
+        folder: str | Path,
+        reward: Score,
+        settings: PPOSettings | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.folder, self.reward, self.seed = Path(folder), reward, seed
+        self.settings = settings or PPOSettings()
+        self.answers: list[str] = []
+
+    def configure_model(self) -> None:
+        """Open the policy, the reference and the value model."""
+        if hasattr(self, "model"):
+            return
+        self.model = Llama.from_pretrained(self.folder)
+        self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
+        reference = Llama.from_pretrained(self.folder).requires_grad_(False)
+        self.frozen = (reference,)  # in a tuple, it does not get into checkpoints
+        if self.settings.critic:
+            self.critic = RewardModel.from_chat(self.folder)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer for both models, each with its learning rate."""
+        settings = self.settings
+        decay = settings.weight_decay
+        optimizer = configure_optimizer(self.model, settings.lr, decay)
+        if settings.critic:
+            other = configure_optimizer(self.critic, settings.critic_lr, decay)
+            for group in other.param_groups:
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        """Put the reference where the policy is."""
+        self.frozen[0].to(self.device)
+
+    def sample(
+        self, prompts: list[Prompt], seed: int
+    ) -> tuple[list[list[int]], list[str], Tensor]:
+        """Answers to prompts: ids, texts, and whether they ended, (B,)."""
+        # in full precision: rounding would make rare tokens rarer or more likely
+        with torch.autocast(self.device.type, enabled=False):
+            drawn = generate(
+                self.model,
+                [prompt.ids for prompt in prompts],
+                max_new_tokens=self.settings.max_new_tokens,
+                stop_ids=[self.tokenizer.eos_id],
+                seed=seed,
+            )
+        texts = [self.tokenizer.decode(ids).strip() for ids in drawn.ids]
+        return drawn.ids, texts, torch.tensor(drawn.finished, device=self.device)
+
+    @torch.no_grad()
+    def collect(self, prompts: list[Prompt], seed: int) -> Rollout:
+        """Answer prompts, score the answers, and compute what learning needs.
+
+        Raises:
+            ValueError: if no answer ended, or if rewards are not finite or all equal.
+        """
+        settings = self.settings
+        answers, self.answers, finished = self.sample(prompts, seed)
+        if not finished.any():
+            raise ValueError(
+                f"none of {len(prompts)} answers ended within "
+                f"{settings.max_new_tokens} tokens; allow more"
+            )
+        rows = [prompt.ids + ids for prompt, ids in zip(prompts, answers, strict=True)]
+        ids, lengths = (x.to(self.device) for x in pad_rows(rows))
+        starts = torch.tensor([len(p.ids) for p in prompts], device=self.device)
+        places = torch.arange(ids.shape[1], device=self.device)
+        mask = (places >= starts[:, None]) & (places < lengths[:, None])  # (B, T)
+
+        logprobs = answer_logprobs(self.model, ids, mask)
+        reference = answer_logprobs(self.frozen[0], ids, mask)
+        after = torch.zeros_like(logprobs)
+        if settings.critic:
+            after = token_values(self.critic, ids)
+        values = values_before(after, mask)
+
+        scores = torch.full(finished.shape, math.nan, device=self.device)
+        ended = finished.nonzero()[:, 0].tolist()
+        scored = self.reward(
+            [prompts[i].dialog for i in ended], [self.answers[i] for i in ended]
+        )
+        scores[finished] = scored.to(scores)
+        final = whiten(scores, finished) - settings.cut_penalty * (~finished)
+        rewards = -settings.kl_weight * (logprobs - reference)
+        last = torch.arange(len(ids), device=self.device), lengths - 1
+        rewards[last] += final
+        advantages, returns = generalized_advantages(
+            rewards,
+            values,
+            mask,
+            gamma=settings.gamma,
+            lam=settings.lam if settings.critic else 1.0,
+            bootstrap=after[last].masked_fill(finished, 0),
+        )
+        return Rollout(
+            ids,
+            mask,
+            logprobs,
+            reference,
+            values,
+            rewards,
+            advantages,
+            returns,
+            scores,
+            finished,
+        )
+
+    def losses(self, part: Rollout) -> tuple[Tensor, Tensor]:
+        """Policy loss and value loss of a minibatch."""
+        clip, mask = self.settings.clip, part.response_mask
+        logprobs = answer_logprobs(self.model, part.ids, mask)
+        loss = policy_loss(logprobs, part.logprobs, part.advantages, mask, clip)
+        if not self.settings.critic:
+            return loss, torch.zeros_like(loss)
+        values = values_before(token_values(self.critic, part.ids), mask)
+        return loss, value_loss(values, part.values, part.returns, mask, clip)
+
+    def training_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """One iteration.
+
+        Raises:
+            ValueError: if the batch is no multiple of a minibatch; see `collect`.
+            FloatingPointError: if a loss or a gradient is not finite.
+        """
+        size, iteration = self.settings.minibatch_size, self.global_step
+        if len(prompts) % size:
+            raise ValueError(f"minibatches of {size} do not divide {len(prompts)}")
+        rollout = self.collect(prompts, self.seed * 1_000_003 + iteration)
+        random = np.random.default_rng([self.seed, iteration])
+        order = torch.from_numpy(random.permutation(len(prompts))).to(self.device)
+        optimizer = self.optimizers()
+        figures = []
+        parts = order.split(size)
+        for number, chosen in enumerate(parts, start=1):
+            optimizer.zero_grad()
+            losses = self.losses(rollout.rows(chosen))
+            self.manual_backward(sum(losses))
+            norms = [self.clip_gradient(model) for model in self.children()]
+            figures.append(torch.stack([*losses, *norms]).detach())
+            if not figures[-1].isfinite().all():
+                raise FloatingPointError(
+                    f"in iteration {iteration} a loss or its gradient is not a finite "
+                    "number; the last checkpoint is from before. Try a lower lr"
+                )
+            # Lightning counts the steps that it takes: one for each iteration
+            (optimizer if number == len(parts) else optimizer.optimizer).step()
+        self.log_iteration(rollout, torch.stack(figures).mean(0))
+
+    def clip_gradient(self, model: nn.Module) -> Tensor:
+        """Scale a long gradient down; returns how long it was."""
+        return nn.utils.clip_grad_norm_(model.parameters(), self.settings.clip_norm)
+
+    def log_iteration(self, rollout: Rollout, figures: Tensor) -> None:
+        """Log what there is to watch."""
+        mask = rollout.response_mask
+        divergence = (rollout.logprobs - rollout.reference_logprobs).sum(1).mean()
+        logged = {
+            "reward": rollout.scores.nanmean(),
+            "kl": divergence,
+            "entropy": -rollout.logprobs[mask].mean(),
+            "answer_tokens": mask.sum(1).float().mean(),
+            "finished": rollout.finished.float().mean(),
+        }
+        names = ("loss", "value_loss", "gradient_norm", "value_gradient_norm")
+        logged |= dict(zip(names, figures, strict=False))
+        self.log_dict(logged)
+
+    def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """Log the mean reward of answers to held-out prompts, which stay the same.
+
+        ``validation_loss`` is its negative, for what keeps the model with the lowest.
+        """
+        _, texts, _ = self.sample(prompts, seed=self.seed)
+        reward = self.reward([prompt.dialog for prompt in prompts], texts).mean()
+        values = {"validation_reward": reward, "validation_loss": -reward}
+        self.log_dict(values, batch_size=len(prompts))
+
+    def transfer_batch_to_device(
+        self, batch: list[Prompt], device: torch.device, dataloader_idx: int
+    ) -> list[Prompt]:
+        """Prompts stay where they are."""
+        return batch
