@@ -69,6 +69,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     n_total = k.shape[2]
     if n_new == 1:
         groups = q.reshape(*k.shape[:2], -1, q.shape[3])  # (B, K, G, D)
+        if q.device.type == "cpu" and len(q) > 1 and q.dtype == torch.float32:
+            scores = (groups * q.shape[3] ** -0.5) @ k.mT  # (B, K, G, S)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            return (scores.softmax(-1) @ v).reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, mask).reshape(q.shape)
     shared = k.shape[1] != n_heads
     if mask is None and n_new == n_total:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,13 @@ class Llama(nn.Module):
         self.cos, self.sin = rope_table(
             config.max_seq_len, config.head_dim, config.rope_theta, device
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama":
+        """What ``.to()`` and ``.bfloat16()`` call: the rotary tables stay fp32."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self._derive()
+        return self
 
     def forward(
         self,

@@ -214,8 +214,12 @@ class PretrainingModule(LightningModule):
     def configure_model(self) -> None:
         """Build the model; Lightning calls this where its weights should live."""
         if not hasattr(self, "model"):
-            torch.manual_seed(self.seed)
-            self.model = self.lay_out(Llama(self.config))
+            self.model = self.lay_out(self.build())
+
+    def build(self) -> Llama:
+        """A new model; fine-tuning opens one instead."""
+        torch.manual_seed(self.seed)
+        return Llama(self.config)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; `on_train_batch_start` sets its learning rate."""
@@ -229,6 +233,10 @@ class PretrainingModule(LightningModule):
         """Mean loss of windows of tokens, (B, T + 1)."""
         hidden = self.model(windows[:, :-1], return_hidden=True)
         return vocabulary_loss(hidden, self.model.output.weight, windows[:, 1:])
+
+    def count_tokens(self, batch: Tensor) -> int:
+        """How many tokens of a batch, (B, T + 1), are predicted: for the pace."""
+        return batch[:, 1:].numel()
 
     def on_train_start(self) -> None:
         """Start the clock, and forget what went wrong before."""
@@ -250,7 +258,7 @@ class PretrainingModule(LightningModule):
         """The loss of one batch, (B, T + 1)."""
         loss = self.loss(batch)
         self._note_if_bad(loss)
-        self.n_tokens += batch[:, 1:].numel() * self.trainer.world_size
+        self.n_tokens += self.count_tokens(batch) * self.trainer.world_size
         self.log("loss", loss, prog_bar=True)
         return loss
 

@@ -613,14 +613,14 @@ class Preference:
     Args:
         prompt: a list of messages.
         chosen, rejected: the answers.
-        level: one of ``LEVELS``.
+        level: one of ``LEVELS``, if it is known; other data sets have none.
         safety_bin: one of ``SAFETY_BINS`` if safety was asked about.
     """
 
     prompt: list[dict[str, str]]
     chosen: str
     rejected: str
-    level: str
+    level: str | None = None
     safety_bin: str | None = None
 
 

@@ -339,6 +339,14 @@ def test_type_of_the_weights(dtype, tmp_path):
     assert wide.cos.dtype == torch.float32
 
 
+def test_rotary_tables_stay_fp32_when_the_weights_do_not():
+    model = random_model()
+    cos, sin = model.cos.clone(), model.sin.clone()
+    model.bfloat16()
+    assert torch.equal(model.cos, cos) and torch.equal(model.sin, sin)
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+
+
 def test_loaded_model_trains_and_does_not_touch_its_file(tmp_path):
     model = random_model()
     folder = saved(model, tmp_path / "model")
