@@ -7,13 +7,16 @@ chapters, and made anew when its recipe or code changes.
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+from llama2_lite.chat import INSTRUCTION, SYSTEM
 from llama2_lite.corpus import TokenDataset, write_shards
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import (
@@ -47,7 +50,7 @@ from llama2_lite.runtime.training import (
     trainer_parts,
 )
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
-from llama2_lite.town import Document, Town, build_town
+from llama2_lite.town import Document, Town, build_town, system_instructions
 
 HELD_OUT_SEED = 10**6  # added to a seed: other documents of the same kinds
 PROMPTS = ["", "Question:", "Once"]
@@ -138,13 +141,15 @@ class Stages:
             "vocab_size": recipe.vocab_size,
             "seed": self.seed,
             "lists": town_lists(),
+            "tags": [*INSTRUCTION, *SYSTEM],
         }
 
         def build(folder: Path) -> None:
             started = time.perf_counter()
             self._say(f"tokenizer: learning {recipe.vocab_size:,} pieces")
             documents = self.documents(recipe.documents, self.seed)
-            texts = (document.text for document in documents)
+            texts = [document.text for document in documents]
+            texts += written_requests(self.town)
             train_tokenizer(texts, folder / "tokenizer.model", recipe.vocab_size)
             note_seconds(folder, time.perf_counter() - started)
 
@@ -280,6 +285,19 @@ class Stages:
         return sum(
             round(share * steps) * length * rows for share, length, rows in shares
         )
+
+
+def written_requests(town: Town) -> Iterator[str]:
+    """Requests and answers in the format of dialogues, every third with instructions.
+
+    For the tokenizer, so that the tags of the format become few pieces.
+    """
+    instructions = cycle(system_instructions("train"))
+    for number, task in enumerate(town.tasks("train")):
+        request = task.prompt
+        if number % 3 == 0:
+            request = SYSTEM[0] + next(instructions).text + SYSTEM[1] + request
+        yield f"{INSTRUCTION[0]} {request} {INSTRUCTION[1]} {task.reference} "
 
 
 def note_seconds(folder: Path, seconds: float) -> None:
