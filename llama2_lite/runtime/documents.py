@@ -3,10 +3,12 @@
 import codecs
 import gzip
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 BLOCK_BYTES = 2**20
 DOCUMENT_CHARACTERS = 2**21  # a longer text file becomes several documents
@@ -91,29 +93,46 @@ def _decode(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """The field of every line that is not blank."""
+    for where, line in json_lines(path):
+        yield _field(line, text_field, where)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Where it stands, and what it is, of every line that is not blank."""
     is_empty = True
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(path.suffix, Path.open)(path, "rb") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _field(line, text_field, f"{path}, line {number}:")
+                    yield f"{path}, line {number}:", line
                     is_empty = False
-        except (gzip.BadGzipFile, EOFError, zlib.error):
-            raise ValueError(f"{path} is not a whole gzip file") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError):
+            kind = "xz" if path.suffix == ".xz" else "gzip"
+            raise ValueError(f"{path} is not a whole {kind} file") from None
     if is_empty:
         raise ValueError(f"{path} is empty")
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """The object in one line of JSON."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return record
 
 
 def _field(line: bytes, text_field: str, where: str) -> str:
     """The text in one line of JSON."""
     try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} not UTF-8 at byte {error.start}") from None
-    except (json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{where} not JSON") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} not a JSON object")
+        record = json_object(line)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
     if text_field not in record:
         there = ", ".join(record) or "nothing"
         raise ValueError(f"{where} no field {text_field!r}, only {there}")
@@ -124,6 +143,16 @@ def _field(line: bytes, text_field: str, where: str) -> str:
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     """The rows of a column of strings."""
+    for where, row in parquet_rows(path, text_field):
+        if not isinstance(row[text_field], str):
+            raise ValueError(f"{where} {text_field!r} is not a string")
+        yield row[text_field]
+
+
+def parquet_rows(
+    path: Path, column: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands, and what it is, of every row; of one column, or of all."""
     import pyarrow as pa  # takes a third of a second to import
     import pyarrow.parquet as pq
 
@@ -132,18 +161,16 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     except pa.ArrowInvalid:
         raise ValueError(f"{path} is not a Parquet file") from None
     columns = file.schema_arrow.names
-    if text_field not in columns:
+    if column is not None and column not in columns:
         there = ", ".join(columns)
-        raise ValueError(f"{path} has no column {text_field!r}, only {there}")
+        raise ValueError(f"{path} has no column {column!r}, only {there}")
     if not file.metadata.num_rows:
         raise ValueError(f"{path} is empty")
-    row = 0
-    for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str):
-                raise ValueError(f"{path}, row {row}: {text_field!r} is not a string")
-            yield text
-            row += 1
+    number = 0
+    for batch in file.iter_batches(1024, columns=column and [column]):
+        for row in batch.to_pylist():
+            yield f"{path}, row {number}:", row
+            number += 1
 
 
 def hold_out(
