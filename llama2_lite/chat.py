@@ -179,14 +179,18 @@ class DialogDataset:
         n_tokens: of all examples together.
 
     Raises:
-        ValueError: if there are no examples, one is too long, or nothing is to learn.
+        ValueError: if there are no examples, or one is too long or has nothing to
+            learn.
     """
 
     def __init__(
         self, examples: Sequence[Example], sequence_length: int, *, seed: int = 0
     ):
-        if not any(any(example.loss_mask) for example in examples):
-            raise ValueError("there is no dialogue with an answer to learn")
+        if not examples:
+            raise ValueError("there are no dialogues")
+        for number, example in enumerate(examples):
+            if not any(example.loss_mask):
+                raise ValueError(f"dialogue {number} has no answer to learn")
         self.sequence_length = sequence_length
         self.seed = seed
         self.n_tokens = sum(len(example.ids) for example in examples)

@@ -256,8 +256,10 @@ def test_the_loader_goes_on_where_it_was(dataset):
 
 
 def test_nothing_to_learn_is_refused():
-    with pytest.raises(ValueError, match="no dialogue with an answer"):
-        DialogDataset([Example([1, 2], [False, False])], 10)
+    with pytest.raises(ValueError, match="dialogue 1 has no answer to learn"):
+        DialogDataset([example_of(3), Example([1, 2], [False, False])], 10)
+    with pytest.raises(ValueError, match="there are no dialogues"):
+        DialogDataset([], 10)
 
 
 # Attention
