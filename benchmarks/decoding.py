@@ -6,7 +6,6 @@ else the machine does falls on both. Ratios are of medians.
 """
 
 import argparse
-import copy
 import json
 import re
 import statistics
@@ -20,7 +19,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from llama2_lite.generation import generate, order_for_decoding
+from llama2_lite.generation import for_decoding, generate
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.runtime.artifacts import machine_name, write_json
 
@@ -40,7 +39,7 @@ def make_sides(preset: str, dtype: torch.dtype) -> tuple[Llama, dict[str, Side]]
         model.save_pretrained(Path(folder) / "model")
         theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
     model, theirs = model.to(DEVICE).eval(), theirs.to(DEVICE).eval()
-    ordered = order_for_decoding(copy.deepcopy(model))
+    copies = {compiled: for_decoding(model, compiled) for compiled in (False, True)}
 
     def ours(
         model: Llama, prompts: torch.Tensor, compiled: bool = False
@@ -65,9 +64,9 @@ def make_sides(preset: str, dtype: torch.dtype) -> tuple[Llama, dict[str, Side]]
 
     return model, {
         "transformers": transformers,
-        "ours, not ordered for decoding": lambda prompts: ours(model, prompts),
-        "ours": lambda prompts: ours(ordered, prompts),
-        "ours, compiled": lambda prompts: ours(ordered, prompts, compiled=True),
+        "ours, no copy for decoding": lambda prompts: ours(model, prompts),
+        "ours": lambda prompts: ours(copies[False], prompts),
+        "ours, compiled": lambda prompts: ours(copies[True], prompts, True),
     }
 
 
