@@ -123,7 +123,7 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
         size = len(example.ids)
         if size > length:
             raise ValueError(
-                f"example {number} has {size} tokens, which do not fit into {length}"
+                f"dialogue {number} has {size} tokens, which do not fit into {length}"
             )
         place = bisect_left(rooms, (size, 0))
         if place == len(rooms):
@@ -173,7 +173,7 @@ class DialogDataset:
     Args:
         examples: from `encode_dialog`.
         sequence_length: of a window, at most; what is longer is refused.
-        seed: of all orders.
+        seed: of the orders.
 
     Attributes:
         n_tokens: of all examples together.
@@ -194,8 +194,7 @@ class DialogDataset:
         self.sequence_length = sequence_length
         self.seed = seed
         self.n_tokens = sum(len(example.ids) for example in examples)
-        order = np.random.default_rng(seed).permutation(len(examples))
-        self.windows = pack([examples[i] for i in order], sequence_length)
+        self.windows = pack(examples, sequence_length)
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -104,9 +104,7 @@ class SupervisedModule(PretrainingModule):
     ):
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is no model folder: no config.json in it"
-            )
+            raise FileNotFoundError(f"{folder} holds no model: no config.json in it")
         super().__init__(
             read_config(path),
             peak_lr=peak_lr,

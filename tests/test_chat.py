@@ -193,7 +193,7 @@ def test_packing_by_hand():
 
 
 def test_an_example_longer_than_the_window_is_refused():
-    with pytest.raises(ValueError, match=r"example 1 has 11 tokens.*fit into 10"):
+    with pytest.raises(ValueError, match=r"dialogue 1 has 11 tokens.*fit into 10"):
         pack([example_of(10), example_of(11)], 10)
 
 
