@@ -35,7 +35,8 @@ from llama2_lite.model import (
     rotary_pairs,
     write_json,
 )
-from llama2_lite.pretraining import MixedLengthLoader, PretrainingModule
+from llama2_lite.pretraining import PretrainingModule
+from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import (
     LEVELS,
@@ -238,6 +239,18 @@ class RewardModel(nn.Module):
         rows = torch.arange(len(tokens), device=tokens.device)
         last = hidden[rows, lengths - 1]  # (B, C)
         return self.head(last)[:, 0].float()
+
+    def score_rows(self, tokens: Tensor, lengths: Tensor, pieces: int = 4) -> Tensor:
+        """What `forward` gives, (B,), with rows of like length computed together.
+
+        Each piece of the batch is only as wide as its own longest row.
+        """
+        order = lengths.argsort()
+        parts = [
+            self(tokens[rows, : int(lengths[rows].max())], lengths[rows])
+            for rows in order.chunk(pieces)
+        ]
+        return torch.cat(parts)[order.argsort()]
 
     @torch.no_grad()
     def score(
@@ -488,7 +501,7 @@ def safety_of_pair(pair: Preference) -> tuple[int, int]:
     return choose_named(pair.safety_bin, "safety bin", known)
 
 
-class PreferenceDataModule(LightningDataModule):
+class PreferenceDataModule(DialogDataModule):
     """Pairs to train on and pairs held out.
 
     Args:
@@ -496,37 +509,30 @@ class PreferenceDataModule(LightningDataModule):
         batch_size: pairs of a step over all processes.
     """
 
+    dataset: PreferenceDataset  # type: ignore[assignment]
+    held_out: PreferenceDataset  # type: ignore[assignment]
+
     def __init__(
         self, train: PreferenceDataset, validation: PreferenceDataset, batch_size: int
     ):
-        super().__init__()
-        self.train = train
-        self.validation = validation
+        LightningDataModule.__init__(self)  # nothing here has to be packed
+        self.dataset = train
+        self.held_out = validation
         self.batch_size = batch_size
 
-    def _processes(self) -> tuple[int, int]:
-        kwargs = self.trainer.distributed_sampler_kwargs
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
-    def train_dataloader(self) -> MixedLengthLoader:
-        """Batches without end."""
-        rank, world_size = self._processes()
-        if self.batch_size % world_size:
-            raise ValueError(
-                f"{world_size} processes cannot share {self.batch_size} pairs evenly"
-            )
-        datasets: list[Any] = [self.train]
-        return MixedLengthLoader(datasets, [1.0], [self.batch_size], rank, world_size)
-
-    def val_dataloader(self) -> DataLoader[PairBatch]:
+    def val_dataloader(self) -> DataLoader[PairBatch]:  # type: ignore[override]
         """All pairs held out, in order."""
         rank, world_size = self._processes()
-        numbers = range(rank, len(self.validation), world_size)
+        numbers = range(rank, len(self.held_out), world_size)
         starts = range(0, len(numbers), self.batch_size)
         batches: Any = [
-            self.validation.pairs(numbers[i : i + self.batch_size]) for i in starts
+            self.held_out.pairs(numbers[i : i + self.batch_size]) for i in starts
         ]
         return DataLoader(batches, batch_size=None)
+
+
+def _as_it_is(model: Llama) -> Llama:
+    return model
 
 
 class RewardModule(PretrainingModule):
@@ -552,7 +558,7 @@ class RewardModule(PretrainingModule):
         safety_weight: float = 0.0,
         weight_decay: float = 0.1,
         clip_norm: float = 1.0,
-        lay_out: Callable[[Llama], Llama] = lambda model: model,
+        lay_out: Callable[[Llama], Llama] = _as_it_is,
     ):
         super().__init__(
             read_config(Path(chat) / "config.json"),
@@ -581,7 +587,7 @@ class RewardModule(PretrainingModule):
 
     def _losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The loss, and which pairs are ranked as annotators did, (B,)."""
-        scores = self.model(batch.tokens, batch.lengths)
+        scores = self.model.score_rows(batch.tokens, batch.lengths)
         chosen, rejected = scores.chunk(2)
         loss = ranking_loss(chosen, rejected, batch.margins)
         if self.safety_weight:

@@ -197,6 +197,9 @@ def test_padding_and_company_change_no_score(
     torch.testing.assert_close(
         model.score(tokenizer, dialogs, batch_size=3), together, atol=1e-5, rtol=0
     )
+    for pieces in (1, 3, 7, 100):
+        found = model.score_rows(tokens, lengths, pieces)
+        torch.testing.assert_close(found, together, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
