@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,6 @@ from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Oracle
 
-GATE = 0.15
-
 
 def check_shapes(**tensors: Tensor) -> None:
     """Refuse tensors of different shapes, which PyTorch might broadcast.
@@ -40,48 +38,33 @@ def check_shapes(**tensors: Tensor) -> None:
         raise ValueError(f"these must have one shape, but are {shapes}")
 
 
-def combined_reward(
-    helpfulness: Tensor, safety: Tensor, is_safety_prompt: Tensor
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
 ) -> Tensor:
-    """Logit of the paper's R_c: safety where it is at stake, else helpfulness.
+    """Clipped surrogate objective of PPO, to be minimised; a mean over tokens.
 
-    A sigmoid and its inverse cancel, so that raw scores go in and one of them comes
-    out; the threshold of 0.15 becomes its logit. Source: paper §3.2.3.
+    Source: Schulman et al., 2017, equation 7; paper §3.2.3 for the threshold.
 
     Args:
-        helpfulness, safety: raw scores of the two reward models, (B,).
-        is_safety_prompt: whether the prompt was tagged as one that may elicit unsafe
-            answers, bool, (B,).
+        logprobs: of the tokens under the policy, (B, T).
+        old_logprobs: under the policy that wrote them, (B, T).
+        advantages: (B, T).
+        mask: which tokens count, bool, (B, T).
+        clip: how far a ratio of probabilities may be from 1 and still be rewarded.
 
     Raises:
         ValueError: if the shapes differ.
     """
-    check_shapes(helpfulness=helpfulness, safety=safety, is_safety=is_safety_prompt)
-    at_stake = is_safety_prompt | (safety < math.log(GATE / (1 - GATE)))
-    return torch.where(at_stake, safety, helpfulness)
-
-
-def whiten(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Shift and scale to mean 0 and variance 1, over all entries or those of a mask.
-
-    The variance is over N, not N - 1. What is not in the mask becomes 0.
-
-    Raises:
-        ValueError: if the shapes differ, if a score is not finite, or if all are equal
-            or there is none, so that there is nothing to learn from.
-    """
-    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    check_shapes(scores=scores, mask=mask)
-    chosen = scores[mask].float()
-    if not chosen.isfinite().all():
-        n_bad = int((~chosen.isfinite()).sum())
-        raise ValueError(f"{n_bad} of {len(chosen)} rewards are not finite numbers")
-    if len(chosen) == 0 or bool((chosen == chosen[0]).all()):
-        raise ValueError(f"all {len(chosen)} rewards are equal: nothing can be learnt")
-    chosen = chosen - chosen.mean()
-    white = torch.zeros_like(scores, dtype=torch.float)
-    white[mask] = chosen / chosen.square().mean().sqrt()
-    return white
+    check_shapes(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
+    )
+    ratio = (logprobs - old_logprobs)[mask].exp()  # (N,)
+    gain = advantages[mask]
+    return -torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
 
 
 def generalized_advantages(
@@ -127,35 +110,6 @@ def generalized_advantages(
     return advantages, (advantages + values).masked_fill(~mask, 0)
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: float = 0.2,
-) -> Tensor:
-    """Clipped surrogate objective of PPO, to be minimised; a mean over tokens.
-
-    Source: Schulman et al., 2017, equation 7; paper §3.2.3 for the threshold.
-
-    Args:
-        logprobs: of the tokens under the policy, (B, T).
-        old_logprobs: under the policy that wrote them, (B, T).
-        advantages: (B, T).
-        mask: which tokens count, bool, (B, T).
-        clip: how far a ratio of probabilities may be from 1 and still be rewarded.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    check_shapes(
-        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
-    )
-    ratio = (logprobs - old_logprobs)[mask].exp()  # (N,)
-    gain = advantages[mask]
-    return -torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
-
-
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2
 ) -> Tensor:
@@ -176,6 +130,53 @@ def value_loss(
     now, old, wanted = (x[mask] for x in (values, old_values, returns))
     near = old + (now - old).clamp(-clip, clip)
     return torch.max((now - wanted) ** 2, (near - wanted) ** 2).mean() / 2
+
+
+GATE = 0.15
+
+
+def combined_reward(
+    helpfulness: Tensor, safety: Tensor, is_safety_prompt: Tensor
+) -> Tensor:
+    """Logit of the paper's R_c: safety where it is at stake, else helpfulness.
+
+    A sigmoid and its inverse cancel, so that raw scores go in and one of them comes
+    out; the threshold of 0.15 becomes its logit. Source: paper §3.2.3.
+
+    Args:
+        helpfulness, safety: raw scores of the two reward models, (B,).
+        is_safety_prompt: whether the prompt was tagged as one that may elicit unsafe
+            answers, bool, (B,).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    check_shapes(helpfulness=helpfulness, safety=safety, is_safety=is_safety_prompt)
+    at_stake = is_safety_prompt | (safety < math.log(GATE / (1 - GATE)))
+    return torch.where(at_stake, safety, helpfulness)
+
+
+def whiten(scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Shift and scale to mean 0 and variance 1, over all entries or those of a mask.
+
+    The variance is over N, not N - 1. What is not in the mask becomes 0.
+
+    Raises:
+        ValueError: if the shapes differ, if a score is not finite, or if all are equal
+            or there is none, so that there is nothing to learn from.
+    """
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    check_shapes(scores=scores, mask=mask)
+    chosen = scores[mask].float()
+    if not chosen.isfinite().all():
+        n_bad = int((~chosen.isfinite()).sum())
+        raise ValueError(f"{n_bad} of {len(chosen)} rewards are not finite numbers")
+    if len(chosen) == 0 or bool((chosen == chosen[0]).all()):
+        raise ValueError(f"all {len(chosen)} rewards are equal: nothing can be learnt")
+    chosen = chosen - chosen.mean()
+    white = torch.zeros_like(scores, dtype=torch.float)
+    white[mask] = chosen / chosen.square().mean().sqrt()
+    return white
 
 
 ScoreBoth = Callable[[list[Dialog], list[str]], tuple[Tensor, Tensor]]
@@ -288,12 +289,12 @@ class PromptDataset:
     ) -> list[Prompt]:
         """The prompts of one process at one step, a pure function of the arguments."""
         first = (step * world_size + rank) * batch_size
-        places = np.arange(first, first + batch_size)
+        places = [divmod(first + i, len(self)) for i in range(batch_size)]
         orders = {
             epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self))
-            for epoch in set((places // len(self)).tolist())
+            for epoch in {epoch for epoch, _ in places}
         }
-        chosen = [orders[place // len(self)][place % len(self)] for place in places]
+        chosen = [orders[epoch][place] for epoch, place in places]
         return [self.prompts[i] for i in chosen]
 
 
@@ -311,12 +312,13 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> MixedLengthLoader:
         """Batches of prompts without end."""
-        return MixedLengthLoader([self.train], [1.0], [self.batch_size])  # type: ignore[list-item]
+        datasets: list[Any] = [self.train]
+        return MixedLengthLoader(datasets, [1.0], [self.batch_size])
 
     def val_dataloader(self) -> DataLoader[list[Prompt]]:
         """All held-out prompts, in one batch."""
-        batches = [self.held_out.prompts]
-        return DataLoader(batches, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+        batches: Any = [self.held_out.prompts]
+        return DataLoader(batches, batch_size=None, collate_fn=list)
 
 
 @dataclass
@@ -442,12 +444,14 @@ class PPOModule(LightningModule):
         """Open the policy, the reference and the value model."""
         if hasattr(self, "model"):
             return
-        self.model = Llama.from_pretrained(self.folder)
+        self.model = Llama.from_pretrained(self.folder, torch.float32)
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
-        reference = Llama.from_pretrained(self.folder).requires_grad_(False)
-        self.frozen = (reference,)  # in a tuple, it does not get into checkpoints
+        reference = Llama.from_pretrained(self.folder, torch.float32)
+        self.frozen = (
+            reference.requires_grad_(False),
+        )  # in a tuple, it does not get into checkpoints
         if self.settings.critic:
-            self.critic = RewardModel.from_chat(self.folder)
+            self.critic = RewardModel.from_chat(self.folder).float()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer for both models, each with its learning rate."""
@@ -461,7 +465,13 @@ class PPOModule(LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Put the reference where the policy is."""
+        """Put the reference where the policy is.
+
+        Raises:
+            ValueError: if there are several processes.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError("PPO runs in one process; set the number of devices to 1")
         self.frozen[0].to(self.device)
 
     def sample(

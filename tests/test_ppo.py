@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import fields
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from tiny_ppo import (
     ITERATIONS,
     dialogs,
@@ -453,8 +456,6 @@ def test_the_oracle_as_reward_knows_good_from_bad():
     town = build_town(n_people=12)
     unsafe = town.tasks("train", ["unsafe"])[0]
     fact = town.tasks("train", ["fact"])[0]
-    from random import Random
-
     bad = [
         town.bad_answer(unsafe, "unsafe", Random(0)),
         town.bad_answer(fact, "wrong", Random(0)),
@@ -473,8 +474,6 @@ def final_state(module):
 
 
 def test_reward_rises_and_the_reference_stays(folder, tmp_path):
-    from lightning.pytorch import Callback
-
     class Watch(Callback):
         def __init__(self):
             self.rewards = []
@@ -504,6 +503,12 @@ def test_killed_and_resumed_is_never_killed(folder, tmp_path, iteration):
         assert torch.equal(expected[name], found[name]), name
     logs = [tmp_path / name / "logs" / "metrics.csv" for name in ("whole", "killed")]
     assert logs[0].read_text() == logs[1].read_text()
+
+
+def test_a_run_without_progress_on_held_out_prompts_stops_early(folder, tmp_path):
+    stop = EarlyStopping("validation_reward", patience=1, mode="max")
+    trainer, _, _ = train(folder, tmp_path, [stop], lr=0.0)
+    assert trainer.global_step == 4  # validated after 2 and 4
 
 
 # Bad input

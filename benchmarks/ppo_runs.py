@@ -1,0 +1,323 @@
+"""PPO with other leashes, rewards and advantages: `python benchmarks/ppo_runs.py`.
+
+Each run starts from the tour's fine-tuned model and is measured on requests of the
+training split that no run is trained on, by the oracle; prompts for evaluation are left
+alone. Chapter 15 shows the curves.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+import torch
+from lightning import Trainer
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from llama2_lite.chat import Dialog, answer
+from llama2_lite.model import Llama
+from llama2_lite.ppo import (
+    GATE,
+    PPOModule,
+    PPOSettings,
+    PromptDataModule,
+    PromptDataset,
+    ScoreBoth,
+    combine,
+    model_scores,
+    oracle_scores,
+)
+from llama2_lite.pretraining import best_precision
+from llama2_lite.reward import (
+    PreferenceDataModule,
+    PreferenceDataset,
+    RewardModel,
+    RewardModule,
+    collect_preferences,
+    written_preferences,
+)
+from llama2_lite.runtime.artifacts import write_result
+from llama2_lite.runtime.judge import HARMLESS, judge, win_rate
+from llama2_lite.runtime.tour import tour_artifacts
+from llama2_lite.runtime.training import TRAINER_DEFAULTS, prepare_process
+from llama2_lite.tokenizer import Tokenizer
+from llama2_lite.town import Annotators, Oracle, Task, Town, build_town
+
+CONFIG = {
+    "iterations": 24,
+    "batch_size": 128,
+    "measure_every": 8,
+    "unsafe_share": 0.3,
+    "prompts": 4000,
+    "test_harmless": 250,
+    "test_unsafe": 120,
+    "test_borderline": 60,
+    "settings": {},
+    "arms": {
+        "models": {},
+        "oracle": {"reward": "oracle"},
+        "beta 0": {"kl_weight": 0.0},
+        "beta 0.01": {"kl_weight": 0.01},
+        "beta 0.1": {"kl_weight": 0.1},
+        "no value model": {"critic": False},
+    },
+    "safety_pairs": 2500,
+    "refusal_pairs": 500,
+    "safety_models": {
+        "ranking only": [0.0, False],
+        "auxiliary loss": [1.0, False],
+        "refusal pairs": [0.0, True],
+        "both": [1.0, True],
+    },
+    "safety_lr": 1e-3,
+}
+SEEDS = [0, 1, 2]
+MODULES = [
+    *("town", "layers", "attention", "model", "generation", "pretraining"),
+    *("chat", "reward", "ppo"),
+]
+OUTPUT = Path(__file__).parents[1] / "book" / "results" / "ppo_runs.json"
+
+
+class Requests:
+    """Requests to learn from, and others to measure with."""
+
+    def __init__(self, town: Town):
+        random = Random("requests for PPO")
+        self.pool: dict[str, list[Task]] = {}
+        tests = {}
+        for kind in town.items:
+            tasks = town.tasks("train", [kind])
+            random.shuffle(tasks)
+            n_tests = len(tasks) // 6
+            tests[kind], self.pool[kind] = tasks[:n_tests], tasks[n_tests:]
+        self.harmless = [
+            random.choice(tests[random.choice(HARMLESS)])
+            for _ in range(CONFIG["test_harmless"])
+        ]
+        self.unsafe = random.sample(tests["unsafe"], CONFIG["test_unsafe"])
+        self.borderline = random.sample(tests["borderline"], CONFIG["test_borderline"])
+        self.tagged = {task.prompt for task in self.pool["unsafe"]}
+
+    def draw(self, n_tasks: int, seed: int, unsafe: float) -> list[Task]:
+        """Requests to learn from; of the harmless ones a thirteenth look unsafe."""
+        random = Random(f"requests {seed}")
+        kinds = [*HARMLESS, *HARMLESS, "borderline"]
+        return [
+            random.choice(
+                self.pool[
+                    "unsafe" if random.random() < unsafe else random.choice(kinds)
+                ]
+            )
+            for _ in range(n_tasks)
+        ]
+
+
+class Measure:
+    """What the oracle says of a model's answers."""
+
+    def __init__(self, requests: Requests, oracle: Oracle, tokenizer: Tokenizer):
+        self.tests = [*requests.harmless, *requests.unsafe, *requests.borderline]
+        self.ends = len(requests.harmless), len(requests.harmless + requests.unsafe)
+        self.oracle, self.tokenizer = oracle, tokenizer
+        self.start = None
+
+    def __call__(self, model: Llama) -> dict[str, float]:
+        """Means over the tests, and win rates against the first model measured."""
+        dialogs = [task.dialog() for task in self.tests]
+        found = judge(
+            self.oracle, self.tests, answer(model, self.tokenizer, dialogs, seed=1)
+        )
+        self.start = self.start or found
+        first, second = self.ends
+        safe, unsafe, borderline = (
+            slice(first),
+            slice(first, second),
+            slice(second, None),
+        )
+        helpful = win_rate(found.helpfulness[safe], self.start.helpfulness[safe])
+        safer = win_rate(found.safety[unsafe], self.start.safety[unsafe])
+        return {
+            "correct": float(found.correct[safe].mean()),
+            "helpfulness": float(found.helpfulness[safe].mean()),
+            "safety": float(found.safety[unsafe].mean()),
+            "violations": float(found.violation[unsafe].mean()),
+            "false_refusals": float(found.refusal[safe].mean()),
+            "borderline_refusals": float(found.refusal[borderline].mean()),
+            "helpful_wins": helpful.rate.value,
+            "safe_wins": safer.rate.value,
+        }
+
+
+class Scores:
+    """Passes scores on, and notes their means for the prompts that they count for."""
+
+    def __init__(self, score_both: ScoreBoth, tagged: set[str]):
+        self.score_both, self.tagged = score_both, tagged
+        self.means: dict[str, float] = {}
+
+    def __call__(
+        self, prompts: list[Dialog], answers: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Helpfulness and safety, both (B,)."""
+        helpfulness, safety = self.score_both(prompts, answers)
+        unsafe = torch.tensor([p[-1]["content"] in self.tagged for p in prompts])
+        self.means = {
+            "modelled_helpfulness": float(helpfulness.sigmoid()[~unsafe].mean()),
+            "modelled_safety": float(safety.sigmoid()[unsafe].mean()),
+            "gated": float((safety.sigmoid()[~unsafe] < GATE).float().mean()),
+        }
+        return helpfulness, safety
+
+
+class Watch(Callback):
+    """Notes what is logged after each iteration, and the truth now and then."""
+
+    def __init__(self, measure: Measure, scores: Scores, start: dict[str, float]):
+        self.measure, self.scores = measure, scores
+        self.iterations: list[dict[str, float]] = []
+        self.truth: list[dict[str, float]] = []
+        self._note(0, start)
+
+    def on_train_batch_end(self, trainer, module, *rest):
+        names = ("reward", "kl", "entropy", "answer_tokens")
+        logged = {name: float(trainer.callback_metrics[name]) for name in names}
+        logged |= self.scores.means
+        self.iterations.append({name: round(logged[name], 4) for name in logged})
+        step = trainer.global_step
+        if step % CONFIG["measure_every"] == 0 or step == trainer.max_steps:
+            self._note(step, self.measure(module.model))
+
+    def _note(self, step: int, figures: dict[str, float]) -> None:
+        rounded = {name: round(value, 4) for name, value in figures.items()}
+        self.truth.append({"iteration": step, **rounded})
+
+
+def train(module, data, max_steps: int, callbacks=()) -> None:
+    """Without logs and checkpoints."""
+    Trainer(
+        max_steps=max_steps,
+        precision=best_precision(),
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        **TRAINER_DEFAULTS,
+    ).fit(module, data)
+
+
+class Study:
+    """What all runs share."""
+
+    def __init__(self) -> None:
+        self.folders = tour_artifacts()
+        self.chat = self.folders["sft"]
+        self.tokenizer = Tokenizer(self.chat / "tokenizer.model")
+        self.town = build_town()
+        self.oracle = Oracle(self.town)
+        self.requests = Requests(self.town)
+        self.measure = Measure(self.requests, self.oracle, self.tokenizer)
+        start = Llama.from_pretrained(self.chat, torch.float32)
+        self.at_start = self.measure(start.eval())
+        self.tours = [
+            RewardModel.from_pretrained(self.folders[f"reward_{axis}"])
+            for axis in ("helpfulness", "safety")
+        ]
+
+    def run(self, both, seed: int, settings: dict) -> dict:
+        """One run of PPO."""
+        started = time.perf_counter()
+        chosen = PPOSettings(**{**CONFIG["settings"], **settings})
+        tasks = self.requests.draw(CONFIG["prompts"], seed, CONFIG["unsafe_share"])
+        dialogs = [task.dialog() for task in tasks]
+        prompts = PromptDataset(
+            dialogs, self.tokenizer, 1024, chosen.max_new_tokens, seed
+        )
+        scores = Scores(both, self.requests.tagged)
+        reward = combine(scores, self.requests.tagged)
+        module = PPOModule(self.chat, reward, chosen, seed=seed)
+        watch = Watch(self.measure, scores, self.at_start)
+        data = PromptDataModule(prompts, prompts, CONFIG["batch_size"])
+        train(module, data, CONFIG["iterations"], [watch])
+        seconds = time.perf_counter() - started
+        figures = {"iterations": watch.iterations, "truth": watch.truth}
+        figures["gated"] = watch.iterations[0]["gated"]  # type: ignore[assignment]
+        return {**figures, "seconds": round(seconds, 1)}
+
+    def safety_model(self, weight: float, refusals: bool, seed: int) -> RewardModel:
+        """A safety model of our own, with or without the two cures."""
+        random = Random(f"safety {seed}")
+        annotators = Annotators(self.oracle, seed)
+        pool = self.requests.pool
+        tasks = random.choices(pool["unsafe"], k=CONFIG["safety_pairs"])
+        pairs = collect_preferences(
+            [Llama.from_pretrained(self.chat)],
+            self.tokenizer,
+            tasks,
+            annotators,
+            axis="safety",
+            seed=seed,
+        )
+        if refusals:
+            harmless = [
+                random.choice(pool[random.choice([*HARMLESS, "borderline"])])
+                for _ in range(CONFIG["refusal_pairs"])
+            ]
+            pairs += written_preferences(
+                self.town, harmless, annotators, flaws=["refusal"], seed=seed
+            )
+        data = PreferenceDataset(pairs, self.tokenizer, 1024, seed=seed)
+        module = RewardModule(self.chat, CONFIG["safety_lr"], safety_weight=weight)
+        train(module, PreferenceDataModule(data, data, 64), len(data) // 64)
+        return module.model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="some arms, for a trial")
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file")
+    arguments = parser.parse_args()
+    prepare_process()
+    logging.disable(logging.WARNING)
+    study = Study()
+    both = model_scores(*study.tours, study.tokenizer)
+    results: dict[str, list[dict]] = {}
+
+    def note(arm: str, seed: int, made: dict) -> None:
+        results.setdefault(arm, []).append(made)
+        print(
+            arm, seed, made["truth"][-1], made["seconds"], file=sys.stderr, flush=True
+        )
+
+    def is_wanted(arm: str) -> bool:
+        return arguments.only is None or arm in arguments.only
+
+    for seed in arguments.seeds:
+        for arm, settings in CONFIG["arms"].items():
+            if is_wanted(arm):
+                others = {k: v for k, v in settings.items() if k != "reward"}
+                is_oracle = settings.get("reward") == "oracle"
+                scores = oracle_scores(study.oracle) if is_oracle else both
+                note(arm, seed, study.run(scores, seed, others))
+        for arm, (weight, refusals) in CONFIG["safety_models"].items():
+            if is_wanted(arm):
+                safety = study.safety_model(weight, refusals, seed)
+                scores = model_scores(study.tours[0], safety, study.tokenizer)
+                note(arm, seed, study.run(scores, seed, {}))
+    write_result(
+        arguments.output,
+        config={**CONFIG, "ppo": asdict(PPOSettings(**CONFIG["settings"]))},
+        seeds=arguments.seeds,
+        modules=MODULES,
+        script=__file__,
+        results=results,
+    )
+
+
+if __name__ == "__main__":
+    main()
