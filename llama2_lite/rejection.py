@@ -16,6 +16,61 @@ from llama2_lite.chat import Dialog, answer, check_dialog
 from llama2_lite.model import Llama
 from llama2_lite.tokenizer import Tokenizer
 
+
+def expected_best(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:
+    """Expected score of the best of n of N samples, drawn without replacement.
+
+    Exact: no draws are made. Where samples share a score, each of them is the best one
+    equally often.
+
+    Args:
+        scores: (..., N); the last dimension is the samples of one prompt.
+        n: from 1 to N.
+        values: (..., N), of which to expect that of the sample with the best score;
+            the scores themselves if left out.
+
+    Returns:
+        (...), float64.
+    """
+    scores = scores.double()
+    n_samples = scores.shape[-1]
+    _check_n(n, n_samples)
+    # chance that all n drawn are among the lowest i of N
+    chance = [comb(i, n) / comb(n_samples, n) for i in range(n_samples + 1)]
+    table = torch.tensor(chance, dtype=torch.double, device=scores.device)
+    ordered = scores.sort(-1).values
+    below = torch.searchsorted(ordered, scores)
+    up_to = torch.searchsorted(ordered, scores, right=True)
+    weights = (table[up_to] - table[below]) / (up_to - below)
+    return (weights * (scores if values is None else values)).sum(-1)
+
+
+def expected_median(scores: Tensor, n: int) -> Tensor:
+    """Expected median of n of N samples, drawn without replacement; exact.
+
+    Args:
+        scores: (..., N).
+        n: from 1 to N; where it is even, the mean of the two in the middle counts.
+
+    Returns:
+        (...), float64.
+    """
+    n_samples = scores.shape[-1]
+    _check_n(n, n_samples)
+    weights = [0.0] * n_samples
+    for rank in ((n - 1) // 2, n // 2):  # how many of the n are lower
+        for i in range(n_samples):  # the lowest but i of all N has this rank
+            ways = comb(i, rank) * comb(n_samples - 1 - i, n - 1 - rank)
+            weights[i] += ways / comb(n_samples, n) / 2
+    table = torch.tensor(weights, dtype=torch.double, device=scores.device)
+    return (table * scores.double().sort(-1).values).sum(-1)
+
+
+def _check_n(n: int, n_samples: int) -> None:
+    if not 1 <= n <= n_samples:
+        raise ValueError(f"cannot draw {n} of {n_samples} samples")
+
+
 Score = Callable[[list[Dialog], list[str]], Tensor]  # prompts and answers to (B,)
 
 
@@ -57,13 +112,50 @@ def sample_answers(
     return [drawn[i :: len(prompts)] for i in range(len(prompts))]
 
 
+def score_in_batches(
+    score: Score, prompts: Sequence[Dialog], answers: Sequence[str], batch_size: int
+) -> Tensor:
+    """Score one answer to each prompt, (N,), those of like length together.
+
+    Raises:
+        ValueError: if a score is not finite, or there is not one for each answer.
+    """
+    sizes = [
+        len(prompt[-1]["content"]) + len(text)
+        for prompt, text in zip(prompts, answers, strict=True)
+    ]
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    scores = torch.empty(len(sizes))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        found = score([prompts[i] for i in rows], [answers[i] for i in rows])
+        if found.shape != (len(rows),):
+            raise ValueError(
+                f"{len(rows)} answers got scores of shape {tuple(found.shape)}"
+            )
+        scores[rows] = found.float().cpu()
+    for i in (~scores.isfinite()).nonzero().flatten().tolist():
+        asked = prompts[i][-1]["content"]
+        raise ValueError(
+            f"the answer {answers[i]!r} to {asked!r} has the score {scores[i]:g}, "
+            "which is no finite number"
+        )
+    return scores
+
+
 def score_answers(
-    score: Score, prompts: Sequence[Dialog], answers: Sequence[Sequence[str]]
+    score: Score,
+    prompts: Sequence[Dialog],
+    answers: Sequence[Sequence[str]],
+    batch_size: int = 256,
 ) -> Tensor:
     """Score K answers to each of N prompts, (N, K).
 
     An answer that was drawn several times is scored once. One that is empty or contains
     a tag of the dialogue format has no place in a dialogue: minus infinity.
+
+    Args:
+        batch_size: answers scored at a time.
 
     Raises:
         ValueError: if there are no prompts, the numbers of their answers differ, or a
@@ -75,19 +167,9 @@ def score_answers(
         raise ValueError("every prompt needs the same number of answers")
     drawn = [(i, text) for i, texts in enumerate(answers) for text in texts]
     pairs = [(i, text) for i, text in dict.fromkeys(drawn) if fits(prompts[i], text)]
-    scores = score([prompts[i] for i, _ in pairs], [text for _, text in pairs])
-    if scores.shape != (len(pairs),):
-        raise ValueError(
-            f"{len(pairs)} answers got scores of shape {tuple(scores.shape)}"
-        )
-    found = dict(zip(pairs, scores.tolist(), strict=True))
-    for (i, text), value in found.items():
-        if not isfinite(value):
-            asked = prompts[i][-1]["content"]
-            raise ValueError(
-                f"the answer {text!r} to {asked!r} has the score {value}, which is no "
-                "finite number"
-            )
+    asked, texts = [prompts[i] for i, _ in pairs], [text for _, text in pairs]
+    scores = score_in_batches(score, asked, texts, batch_size).tolist()
+    found = dict(zip(pairs, scores, strict=True))
     values = [found.get(pair, float("-inf")) for pair in drawn]
     return torch.tensor(values).view(len(prompts), -1)
 
@@ -154,99 +236,6 @@ def best_of(
     ]
 
 
-def best_of_all_rounds(rounds: Iterable[Iterable[Pick]], score: Score) -> list[Pick]:
-    """Keep the best pick of each prompt from all rounds so far.
-
-    Reward models of different rounds are not comparable, so that the newest one scores
-    all of them again. Source: paper §3.2.3, for the versions after V3.
-    """
-    picks = [pick for picks in rounds for pick in picks]
-    scores = score([pick.prompt for pick in picks], [pick.answer for pick in picks])
-    best: dict[str, Pick] = {}
-    for pick, value in zip(picks, scores.tolist(), strict=True):
-        key = json.dumps(pick.prompt)
-        if key not in best or value > best[key].score:
-            best[key] = pick._replace(score=value)
-    return list(best.values())
-
-
-def expected_best(scores: Tensor, n: int, values: Tensor | None = None) -> Tensor:
-    """Expected score of the best of n of N samples, drawn without replacement.
-
-    Exact: no draws are made. Where samples share a score, each of them is the best one
-    equally often.
-
-    Args:
-        scores: (..., N); the last dimension is the samples of one prompt.
-        n: from 1 to N.
-        values: (..., N), of which to expect that of the sample with the best score;
-            the scores themselves if left out.
-
-    Returns:
-        (...), float64.
-    """
-    scores = scores.double()
-    n_samples = scores.shape[-1]
-    _check_n(n, n_samples)
-    # chance that all n drawn are among the lowest i of N
-    chance = [comb(i, n) / comb(n_samples, n) for i in range(n_samples + 1)]
-    table = torch.tensor(chance, dtype=torch.double, device=scores.device)
-    ordered = scores.sort(-1).values
-    below = torch.searchsorted(ordered, scores)
-    up_to = torch.searchsorted(ordered, scores, right=True)
-    weights = (table[up_to] - table[below]) / (up_to - below)
-    return (weights * (scores if values is None else values)).sum(-1)
-
-
-def expected_median(scores: Tensor, n: int) -> Tensor:
-    """Expected median of n of N samples, drawn without replacement; exact.
-
-    Args:
-        scores: (..., N).
-        n: from 1 to N; where it is even, the mean of the two in the middle counts.
-
-    Returns:
-        (...), float64.
-    """
-    n_samples = scores.shape[-1]
-    _check_n(n, n_samples)
-    weights = [0.0] * n_samples
-    for rank in ((n - 1) // 2, n // 2):  # how many of the n are lower
-        for i in range(n_samples):  # the lowest but i of all N has this rank
-            ways = comb(i, rank) * comb(n_samples - 1 - i, n - 1 - rank)
-            weights[i] += ways / comb(n_samples, n) / 2
-    table = torch.tensor(weights, dtype=torch.double, device=scores.device)
-    return (table * scores.double().sort(-1).values).sum(-1)
-
-
-def _check_n(n: int, n_samples: int) -> None:
-    if not 1 <= n <= n_samples:
-        raise ValueError(f"cannot draw {n} of {n_samples} samples")
-
-
-def best_temperature(
-    model: Llama,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Dialog],
-    score: Score,
-    k: int,
-    temperatures: Iterable[float],
-    seed: int = 0,
-) -> float:
-    """The temperature at which the best of K answers scores highest on average.
-
-    The paper finds it anew for each version (§3.2.3, Figure 8).
-    """
-
-    def reward(temperature: float) -> float:
-        answers = sample_answers(
-            model, tokenizer, prompts, k, temperature=temperature, seed=seed
-        )
-        return score_answers(score, prompts, answers).amax(-1).mean().item()
-
-    return max(temperatures, key=reward)
-
-
 def rejection_sample(
     model: Llama,
     tokenizer: Tokenizer,
@@ -278,3 +267,45 @@ def rejection_sample(
         seed=seed,
     )
     return best_of(prompts, answers, score_answers(score, prompts, answers), version)
+
+
+def best_temperature(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Dialog],
+    score: Score,
+    k: int,
+    temperatures: Iterable[float],
+    seed: int = 0,
+) -> float:
+    """The temperature at which the best of K answers scores highest on average.
+
+    The paper finds it anew for each version (§3.2.3, Figure 8).
+    """
+
+    def reward(temperature: float) -> float:
+        answers = sample_answers(
+            model, tokenizer, prompts, k, temperature=temperature, seed=seed
+        )
+        return score_answers(score, prompts, answers).amax(-1).mean().item()
+
+    return max(temperatures, key=reward)
+
+
+def best_of_all_rounds(
+    rounds: Iterable[Iterable[Pick]], score: Score, batch_size: int = 256
+) -> list[Pick]:
+    """Keep the best pick of each prompt from all rounds so far.
+
+    Reward models of different rounds are not comparable, so that the newest one scores
+    all of them again. Source: paper §3.2.3, for the versions after V3.
+    """
+    picks = [pick for picks in rounds for pick in picks]
+    prompts, answers = [pick.prompt for pick in picks], [pick.answer for pick in picks]
+    scores = score_in_batches(score, prompts, answers, batch_size)
+    best: dict[str, Pick] = {}
+    for pick, value in zip(picks, scores.tolist(), strict=True):
+        key = json.dumps(pick.prompt)
+        if key not in best or value > best[key].score:
+            best[key] = pick._replace(score=value)
+    return list(best.values())

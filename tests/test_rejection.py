@@ -160,6 +160,21 @@ def test_answers_without_a_place_in_a_dialogue_are_never_scored_or_picked():
     assert (pick.prompt, pick.answer) == (PROMPTS[0], "a")
 
 
+def test_scores_do_not_depend_on_the_batches():
+    prompts = PROMPTS * 5
+    answers = [[f"{'a' * (i * 7 % 5 + 1)}{j}" for j in range(3)] for i in range(15)]
+    sizes = []
+
+    def score(prompts, answers):
+        sizes.append(len(answers))
+        return count_letters(prompts, answers)
+
+    whole = score_answers(count_letters, prompts, answers)
+    assert torch.equal(score_answers(score, prompts, answers, batch_size=4), whole)
+    assert max(sizes) == 4
+    assert sum(sizes) == sum(len(set(texts)) for texts in answers)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_number_names_its_answer(bad):
     def score(prompts, answers):
