@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -49,6 +50,18 @@ from llama2_lite.town import (
 )
 
 
+def draw_tasks(
+    town: Town, n: int, kinds: Sequence[str], seed: int = 0, split: str = "train"
+) -> list[Task]:
+    """Draw requests: a kind first, evenly among ``kinds``, then one of that kind.
+
+    A kind that is listed twice comes twice as often.
+    """
+    random = Random(f"requests {seed} {split}")
+    known = {kind: town.tasks(split, [kind]) for kind in kinds}
+    return [random.choice(known[random.choice(list(kinds))]) for _ in range(n)]
+
+
 def collect_preferences(
     models: Sequence[Llama],
     tokenizer: Tokenizer,
@@ -57,19 +70,22 @@ def collect_preferences(
     *,
     axis: str = "helpfulness",
     temperatures: Sequence[float] = (0.7, 1.0, 1.3),
+    references: bool = False,
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> list[Preference]:
     """Let annotators compare two answers of models to each request.
 
     Each answer comes from one of the models at one of the temperatures, drawn evenly.
-    Left out are requests whose two answers are equal, or one empty, and, where the
-    axis is safety, those whose chosen answer alone is unsafe. Source: paper §3.2.1.
+    Left out are pairs of equal answers and empty answers, and, where the axis is
+    safety, pairs whose chosen answer alone is unsafe. Source: paper §3.2.1.
 
     Args:
         models: variants to draw answers from.
         tasks: one comparison for each.
         axis: what annotators look at, "helpfulness" or "safety".
+        references: compare the written answer to each request with both answers too
+            (our addition: three comparisons for two answers).
         max_new_tokens: longest answer.
         seed: of the answers.
     """
@@ -78,22 +94,23 @@ def collect_preferences(
     drawn = [(random.choice(ways), i) for i in range(len(tasks)) for _ in range(2)]
     answers: list[list[str]] = [[] for _ in tasks]
     for number, way in enumerate(ways):
-        model, temperature = way
         asked = [i for other, i in drawn if other == way]
         texts = answer(
-            models[model],
+            models[way[0]],
             tokenizer,
             [tasks[i].dialog() for i in asked],
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=way[1],
             seed=seed * len(ways) + number,
         )
         for i, text in zip(asked, texts, strict=True):
             answers[i].append(text)
     found = []
-    for task, (first, second) in zip(tasks, answers, strict=True):
-        if first != second and first and second:
-            found.append(annotators.compare(task, first, second, axis))
+    for task, sampled in zip(tasks, answers, strict=True):
+        texts = [*sampled, task.reference] if references else sampled
+        for first, second in combinations(texts, 2):
+            if first != second and first and second:
+                found.append(annotators.compare(task, first, second, axis))
     return [preference for preference in found if preference is not None]
 
 
@@ -106,10 +123,9 @@ def written_preferences(
     flaws: Sequence[str] = ("wrong", "off_topic", "rude", "evasive", "terse"),
     seed: int = 0,
 ) -> list[Preference]:
-    """Let annotators compare a good answer with a flawed one, both written by hand.
+    """Let annotators compare a good answer with a flawed one, both written.
 
-    They stand for the paper's open-source data, which came from other writers and
-    models.
+    They stand for open-source data: answers of other writers and other models.
 
     Args:
         tasks: one comparison for each.

@@ -25,6 +25,7 @@ from llama2_lite.reward import (
     collect_preferences,
     count_right,
     dialogs_of,
+    draw_tasks,
     mix_pairs,
     pad_rows,
     ranking_loss,
@@ -304,6 +305,31 @@ def test_collected_pairs_are_repeatable_and_whole(
         assert pair.level in LEVELS
         assert pair.safety_bin is None
     assert {pair.safety_bin for pair in collect("safety")} <= set(SAFETY_BINS)
+
+
+def test_written_answers_are_compared_too(
+    chat: Path, tokenizer: Tokenizer, town: Town
+) -> None:
+    tasks = draw_tasks(town, 10, ["fact", "sum"])
+    pairs = collect_preferences(
+        [Llama.from_pretrained(chat)],
+        tokenizer,
+        tasks,
+        Annotators(Oracle(town), seed=1),
+        references=True,
+        max_new_tokens=8,
+    )
+    references = {task.reference for task in tasks}
+    chosen = [pair.chosen in references for pair in pairs]
+    assert len(pairs) == 30
+    assert sum(chosen) == 20  # random weights write nothing that is better
+
+
+def test_drawn_requests_are_of_the_kinds_asked_for(town: Town) -> None:
+    tasks = draw_tasks(town, 600, ["unsafe", "unsafe", "sum"], split="held_out")
+    assert tasks == draw_tasks(town, 600, ["unsafe", "unsafe", "sum"], 0, "held_out")
+    assert 350 < sum(task.kind == "unsafe" for task in tasks) < 450
+    assert {task.prompt for task in tasks} <= {t.prompt for t in town.tasks("held_out")}
 
 
 def test_written_pairs_prefer_what_is_better(
