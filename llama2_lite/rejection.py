@@ -42,7 +42,8 @@ def expected_best(scores: Tensor, n: int, values: Tensor | None = None) -> Tenso
     below = torch.searchsorted(ordered, scores)
     up_to = torch.searchsorted(ordered, scores, right=True)
     weights = (table[up_to] - table[below]) / (up_to - below)
-    return (weights * (scores if values is None else values)).sum(-1)
+    values = scores if values is None else values.double()
+    return torch.where(weights > 0, weights * values, 0).sum(-1)
 
 
 def expected_median(scores: Tensor, n: int) -> Tensor:
@@ -63,7 +64,8 @@ def expected_median(scores: Tensor, n: int) -> Tensor:
             ways = comb(i, rank) * comb(n_samples - 1 - i, n - 1 - rank)
             weights[i] += ways / comb(n_samples, n) / 2
     table = torch.tensor(weights, dtype=torch.double, device=scores.device)
-    return (table * scores.double().sort(-1).values).sum(-1)
+    ordered = scores.double().sort(-1).values
+    return torch.where(table > 0, table * ordered, 0).sum(-1)
 
 
 def _check_n(n: int, n_samples: int) -> None:

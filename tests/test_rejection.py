@@ -96,6 +96,14 @@ def test_expectations_work_on_many_prompts_and_stay_exact_for_many_samples():
     torch.testing.assert_close(expected_best(shuffled, 7), expected_best(scores, 7))
 
 
+def test_answers_that_were_never_scored_count_only_where_they_may_be_the_best():
+    scores = torch.tensor([0.5, -math.inf, 1.0])
+    best = [expected_best(scores, n).item() for n in (1, 2, 3)]
+    assert best == [-math.inf, pytest.approx((2 * 1.0 + 0.5) / 3), 1.0]
+    middle = [expected_median(scores, n).item() for n in (1, 2, 3)]
+    assert middle == [-math.inf, -math.inf, 0.5]
+
+
 @given(n_samples=st.integers(2, 30))
 def test_the_best_grows_with_n_and_the_median_of_symmetric_scores_does_not(n_samples):
     scores = torch.arange(n_samples, dtype=torch.double)
