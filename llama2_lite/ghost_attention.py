@@ -38,6 +38,11 @@ def split_turns(dialog: Dialog) -> list[Dialog]:
     return [dialog[i : i + 2] for i in range(0, len(dialog), 2)]
 
 
+def join_turns(turns: Sequence[Dialog]) -> Dialog:
+    """The inverse of `split_turns`."""
+    return [message for turn in turns for message in turn]
+
+
 def instruct_every_turn(dialog: Dialog, instruction: str) -> list[Dialog]:
     """Add an instruction to every request (paper, §3.3).
 
@@ -80,20 +85,24 @@ def combine(instructions: Sequence[SystemInstruction]) -> SystemInstruction:
     return SystemInstruction(text, short, rf"\A{patterns}", example)
 
 
-def draw_instruction(
+def deal_instructions(
     instructions: Sequence[SystemInstruction], combined: float, random: Random
-) -> SystemInstruction:
-    """One of the instructions or, with a probability of ``combined``, two of them.
+) -> Iterator[SystemInstruction]:
+    """Deal instructions without end, like cards, so that all come equally often.
 
-    Kinds come equally often, and two are of two kinds. A kind is what stands before
-    the colon of the short form: "Hobby: chess." is a hobby.
+    A share of them comes with a second one of another kind. The kind is what stands
+    before the colon of the short form: "Hobby: chess." is a hobby.
     """
-    kinds: dict[str, list[SystemInstruction]] = {}
-    for one in instructions:
-        kinds.setdefault(one.short.partition(":")[0], []).append(one)
-    n_kinds = 2 if random.random() < combined and len(kinds) > 1 else 1
-    drawn = [random.choice(kinds[kind]) for kind in random.sample(list(kinds), n_kinds)]
-    return drawn[0] if n_kinds == 1 else combine(drawn)
+
+    def kind(one: SystemInstruction) -> str:
+        return one.short.partition(":")[0]
+
+    while True:
+        for one in random.sample(list(instructions), len(instructions)):
+            others = [other for other in instructions if kind(other) != kind(one)]
+            if others and random.random() < combined:
+                one = combine([one, random.choice(others)])
+            yield one
 
 
 # How often a question is of a kind: short ones more often, so that many turns fit.
@@ -117,6 +126,8 @@ def chat_about(
     tasks: Sequence[Task],
     n_dialogs: int,
     n_turns: int,
+    *,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> list[Dialog]:
     """Make dialogues of requests that a model answers, each of them by itself.
@@ -127,12 +138,18 @@ def chat_about(
     random = Random(f"chat {seed}")
     drawn = draw_tasks(tasks, n_dialogs * n_turns, random)
     prompts = [task.dialog() for task in drawn]
-    answers = answer(model, tokenizer, prompts, seed=seed)  # type: ignore[arg-type]
+    answers = answer(
+        model,
+        tokenizer,
+        prompts,  # type: ignore[arg-type]
+        temperature=temperature,
+        seed=seed,
+    )
     turns = [
         task.dialog(text or "...") for task, text in zip(drawn, answers, strict=True)
     ]
     return [
-        [message for turn in turns[i : i + n_turns] for message in turn]  # type: ignore[misc]
+        join_turns(turns[i : i + n_turns])  # type: ignore[arg-type]
         for i in range(0, len(turns), n_turns)
     ]
 
@@ -184,6 +201,7 @@ def build_dialogs(
         ValueError: see `split_turns`; or if a dialogue does not end with the assistant.
     """
     random = Random(f"ghost {seed}")
+    dealt = deal_instructions(instructions, combined, random)
     made: list[GhostDialog] = []
     prompts: list[list[int]] = []
     asked: list[tuple[int, int, SystemInstruction]] = []
@@ -194,7 +212,7 @@ def build_dialogs(
         if random.random() < plain:
             made.append(GhostDialog("", dialog, [turn[1]["content"] for turn in turns]))
             continue
-        instruction = draw_instruction(instructions, combined, random)
+        instruction = next(dealt)
         text = instruction.short if random.random() < 0.5 else instruction.text
         made.append(GhostDialog(text, dialog, [None] * len(turns)))
         told = instruct_every_turn(dialog, text)
@@ -447,7 +465,7 @@ def plan_visits(
         for _ in range(1000):
             drawn = draw_tasks(tasks, n_turns, random)
             turns = [task.dialog(instruction.apply(task.reference)) for task in drawn]
-            said: Dialog = [message for turn in turns for message in turn]  # type: ignore[misc]
+            said = join_turns(turns)  # type: ignore[arg-type]
             told = train_first_turn_only(said, instruction.text)
             if len(encode_dialog(told, tokenizer).ids) <= length:
                 visits.append(Visit(instruction, drawn))
