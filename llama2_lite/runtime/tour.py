@@ -130,7 +130,7 @@ class Stages:
         documents = self.town.documents(n_documents, seed=seed)
         return list(follow(documents, n_documents, "documents", self.console))
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.console.print(f"[bold]{text}[/]")
 
     def tokenizer(self) -> Artifact:
@@ -146,7 +146,7 @@ class Stages:
 
         def build(folder: Path) -> None:
             started = time.perf_counter()
-            self._say(f"tokenizer: learning {recipe.vocab_size:,} pieces")
+            self.say(f"tokenizer: learning {recipe.vocab_size:,} pieces")
             documents = self.documents(recipe.documents, self.seed)
             texts = [document.text for document in documents]
             texts += written_requests(self.town)
@@ -168,7 +168,7 @@ class Stages:
 
         def build(folder: Path) -> None:
             started = time.perf_counter()
-            self._say(f"corpus: {recipe.documents:,} documents of the town")
+            self.say(f"corpus: {recipe.documents:,} documents of the town")
             tokenizer = Tokenizer(made.path / "tokenizer.model")
             for name, n_documents, seed in [
                 ("train", recipe.documents, self.seed),
@@ -206,7 +206,7 @@ class Stages:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return
         config = recipe.llama()
-        self._say(f"base: pretraining {config.parameter_count():,} parameters")
+        self.say(f"base: pretraining {config.parameter_count():,} parameters")
         lengths = [tuple(length) for length in recipe.lengths]
         data = TokenDataModule(
             corpus.path / "train",
@@ -237,7 +237,7 @@ class Stages:
             log_every_n_steps=10,
             precision=best_precision(),
         )
-        fit(trainer, module, data, folder, self._say)
+        fit(trainer, module, data, folder, self.say)
         note_seconds(folder, clock.elapsed())
         shutil.rmtree(folder / "checkpoints")
 
@@ -246,7 +246,7 @@ class Stages:
         base, corpus, made = self.base(), self.corpus(), self.tokenizer()
 
         def build(folder: Path) -> None:
-            self._say("evaluation: facts and sums")
+            self.say("evaluation: facts and sums")
             report = self._report(base, corpus, made)
             write_json(folder / "report.json", report)
 

@@ -1,0 +1,400 @@
+"""The second half of the tour: from the base model to a chat model, stage by stage.
+
+Each stage is an artifact beside the base model, made once and found again by the
+chapters; `llama2_lite.runtime.judge` says what it is worth.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from llama2_lite.chat import Dialog, Example, encode_dialog
+from llama2_lite.generation import for_decoding
+from llama2_lite.model import Llama
+from llama2_lite.ppo import (
+    PPOModule,
+    PPOSettings,
+    PromptDataModule,
+    PromptDataset,
+    combine,
+    model_scores,
+)
+from llama2_lite.pretraining import best_precision
+from llama2_lite.rejection import Score, rejection_sample
+from llama2_lite.reward import (
+    PreferenceDataModule,
+    PreferenceDataset,
+    RewardModel,
+    RewardModule,
+    collect_preferences,
+    draw_tasks,
+    mix_pairs,
+    written_preferences,
+)
+from llama2_lite.runtime.artifacts import Artifact, artifact, write_json
+from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.progress import TrainingProgress
+from llama2_lite.runtime.tour import Recipe, Stages, default_folder
+from llama2_lite.runtime.training import Clock, fit, prepare_process, trainer_parts
+from llama2_lite.sft import DialogDataModule, SupervisedModule, sample_demonstrations
+from llama2_lite.tokenizer import Tokenizer
+from llama2_lite.town import Annotators, Oracle, Preference
+
+HARMLESS = ("fact", "sum", "opposite", "list", "story", "howto", "borderline")
+CONTEXT = 256  # more than any prompt of the town with its answer
+
+
+@dataclass(frozen=True)
+class SupervisedRecipe:
+    """Numbers of supervised fine-tuning, see `sample_demonstrations`."""
+
+    demonstrations: int
+    wrong: float
+    unsafe: float
+    instructed: float
+    peak_lr: float
+    epochs: float
+    batch_size: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class PreferenceRecipe:
+    """How many requests annotators see, by what is asked of them.
+
+    Attributes:
+        helpful_requests: answered by the model, compared by helpfulness.
+        safety_requests: answered by the model, compared by safety.
+        written: unsafe requests with written answers, compared by safety.
+        refusals: harmless requests with a written answer and a refusal.
+        held_out_requests: of each axis, to measure accuracy on.
+    """
+
+    helpful_requests: int
+    safety_requests: int
+    written: int
+    refusals: int
+    held_out_requests: int
+
+
+@dataclass(frozen=True)
+class RewardRecipe:
+    """Numbers of both reward models, see `RewardModule`."""
+
+    margins: str
+    safety_weight: float
+    peak_lr: float
+    epochs: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class RejectionRecipe:
+    """Numbers of rejection sampling, see `rejection_sample`."""
+
+    requests: int
+    k: int
+    temperature: float
+    peak_lr: float
+    epochs: float
+    batch_size: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class PPORecipe:
+    """Numbers of PPO."""
+
+    iterations: int
+    batch_size: int
+    requests: int
+    settings: PPOSettings
+
+
+@dataclass(frozen=True)
+class AlignmentRecipe:
+    """What the stages make; configs/alignment.yaml has the values."""
+
+    sft: SupervisedRecipe
+    preferences: PreferenceRecipe
+    reward: RewardRecipe
+    rejection: RejectionRecipe
+    ppo: PPORecipe
+
+    @classmethod
+    def read(cls, path: str | Path | None = None) -> "AlignmentRecipe":
+        """Read a YAML file, by default the one of the package.
+
+        Raises:
+            ValueError: if it is not YAML, or a key is missing or unknown.
+        """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
+        path = find_config(str(path or "alignment"))
+        try:
+            found = parser.parse_object(read_yaml(path) or {})
+            return cls(**vars(parser.instantiate_classes(found)))
+        except Exception as error:
+            raise ValueError(f"{path}: {explain(str(error), parser)}") from None
+
+
+class AlignmentStages:
+    """The stages after the base model, each made when it is asked for and not there.
+
+    Args:
+        stages: of the base model.
+        recipe: what to make.
+        seed: of the data and the samples of these stages.
+    """
+
+    def __init__(self, stages: Stages, recipe: AlignmentRecipe, seed: int = 0):
+        self.stages, self.recipe, self.seed = stages, recipe, seed
+        self.town, self.folder = stages.town, stages.folder
+
+    def _artifact(
+        self, name: str, config: dict[str, Any], inputs: list[Artifact], *modules: str
+    ) -> Any:
+        """A decorator that makes an artifact of a build function."""
+        config = {**config, "seed": self.seed}
+
+        def make(build: Any) -> Artifact:
+            return artifact(self.folder, name, config, inputs, modules, build)
+
+        return make
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all stages."""
+        return Tokenizer(self.stages.tokenizer().path / "tokenizer.model")
+
+    def _train(
+        self,
+        folder: Path,
+        label: str,
+        module: LightningModule,
+        data: LightningDataModule,
+        max_steps: int,
+        validate_every: int | None = None,
+    ) -> None:
+        """Train in a folder and leave the model there."""
+        clock, tokenizer = Clock(), self.tokenizer()
+        parts = trainer_parts(
+            folder,
+            folder,
+            lambda: tokenizer,
+            checkpoint_every=100,
+            callbacks=[TrainingProgress(label, self.stages.console), clock],
+        )
+        trainer = Trainer(
+            **parts,
+            max_steps=max_steps,
+            val_check_interval=validate_every or max_steps,
+            log_every_n_steps=1,
+            precision=best_precision(),
+        )
+        self.stages.say(f"{label}: {max_steps} steps")
+        fit(trainer, module, data, folder, self.stages.say)
+        write_json(folder / "seconds.json", clock.elapsed())
+
+    def sft(self) -> Artifact:
+        """``sft``: the base model after demonstrations, good and bad."""
+        base, recipe = self.stages.base(), self.recipe.sft
+
+        @self._artifact("sft", asdict(recipe), [base], "town", "chat", "sft")
+        def made(folder: Path) -> None:
+            dialogs = sample_demonstrations(
+                self.town,
+                recipe.demonstrations,
+                self.seed,
+                recipe.wrong,
+                recipe.unsafe,
+                recipe.instructed,
+            )
+            data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
+            module = SupervisedModule(base.path, recipe.peak_lr)
+            self._train(folder, "sft", module, data, data.count_steps(recipe.epochs))
+
+        return made
+
+    def _windows(
+        self, dialogs: Sequence[Dialog], batch_size: int, sequence_length: int
+    ) -> DialogDataModule:
+        """Dialogues to train on, the first of a hundred held out."""
+        tokenizer = self.tokenizer()
+        examples: list[Example] = [encode_dialog(d, tokenizer) for d in dialogs]
+        n_held_out = max(1, len(examples) // 100)
+        return DialogDataModule(
+            examples[n_held_out:],
+            examples[:n_held_out],
+            sequence_length,
+            batch_size,
+            self.seed,
+        )
+
+    def preferences(self) -> Artifact:
+        """``preferences``: what annotators think of answers of the ``sft`` model."""
+        sft, recipe = self.sft(), self.recipe.preferences
+
+        @self._artifact("preferences", asdict(recipe), [sft], "reward", "generation")
+        def made(folder: Path) -> None:
+            self.stages.say("preferences: answers, and what annotators think of them")
+            pairs = self._collect(Llama.from_pretrained(sft.path))
+            for name, some in pairs.items():
+                write_json(folder / f"{name}.json", [asdict(pair) for pair in some])
+
+        return made
+
+    def _collect(self, model: Llama) -> dict[str, list[Preference]]:
+        """Pairs by what they are for."""
+        recipe, tokenizer, town = self.recipe.preferences, self.tokenizer(), self.town
+        annotators = Annotators(Oracle(town), self.seed)
+        fast = for_decoding(model)
+        mixed = (*["unsafe"] * len(HARMLESS), *HARMLESS)
+        kinds: dict[str, Sequence[str]] = {"helpfulness": HARMLESS, "safety": mixed}
+        found = {}
+        for split, axis, n_requests in (
+            ("train", "helpfulness", recipe.helpful_requests),
+            ("train", "safety", recipe.safety_requests),
+            ("held_out", "helpfulness", recipe.held_out_requests),
+            ("held_out", "safety", recipe.held_out_requests),
+        ):
+            tasks = draw_tasks(town, n_requests, kinds[axis], self.seed, split)
+            found[f"{split}_{axis}"] = collect_preferences(
+                [fast],
+                tokenizer,
+                tasks,
+                annotators,
+                axis=axis,
+                references=split == "train",
+                seed=self.seed,
+            )
+        unsafe = draw_tasks(town, recipe.written, ["unsafe"], self.seed + 1)
+        harmless = draw_tasks(town, recipe.refusals, HARMLESS, self.seed + 1)
+        found["written_safety"] = written_preferences(
+            town, unsafe, annotators, axis="safety", flaws=["unsafe", "rude"]
+        )
+        found["refusals"] = written_preferences(
+            town, harmless, annotators, flaws=["refusal"]
+        )
+        return found
+
+    def read_pairs(self, name: str) -> list[Preference]:
+        """Pairs of the stage ``preferences``."""
+        path = self.preferences().path / f"{name}.json"
+        return [Preference(**pair) for pair in json.loads(path.read_text("utf-8"))]
+
+    def reward(self, axis: str) -> Artifact:
+        """``helpfulness`` or ``safety``: a reward model of what annotators prefer."""
+        sft, pairs, recipe = self.sft(), self.preferences(), self.recipe.reward
+
+        @self._artifact(axis, asdict(recipe), [sft, pairs], "reward")
+        def made(folder: Path) -> None:
+            own = self.read_pairs(f"train_{axis}")
+            weight = 0.0
+            if axis == "safety":
+                own += self.read_pairs("written_safety")
+                own = mix_pairs(own, self.read_pairs("refusals"), 0.9, self.seed)
+                weight = recipe.safety_weight
+            train, held_out = (
+                PreferenceDataset(
+                    some,
+                    self.tokenizer(),
+                    CONTEXT,
+                    margins=recipe.margins,
+                    seed=self.seed,
+                )
+                for some in (own, self.read_pairs(f"held_out_{axis}"))
+            )
+            data = PreferenceDataModule(train, held_out, recipe.batch_size)
+            module = RewardModule(sft.path, recipe.peak_lr, weight)
+            n_steps = data.count_steps(recipe.epochs)
+            self._train(folder, axis, module, data, n_steps)
+
+        return made
+
+    def score(self) -> Score:
+        """Both reward models as one reward; unsafe requests are tagged."""
+        models = [
+            RewardModel.from_pretrained(self.reward(axis).path)
+            for axis in ("helpfulness", "safety")
+        ]
+        tagged = [task.prompt for task in self.town.tasks("train", ["unsafe"])]
+        return combine(model_scores(models[0], models[1], self.tokenizer()), tagged)
+
+    def rejection(self) -> Artifact:
+        """``rejection``: the ``sft`` model after its own best answers."""
+        sft, recipe = self.sft(), self.recipe.rejection
+        inputs = [sft, self.reward("helpfulness"), self.reward("safety")]
+
+        @self._artifact(
+            "rejection", asdict(recipe), inputs, "rejection", "ppo", "sft", "generation"
+        )
+        def made(folder: Path) -> None:
+            self.stages.say(f"rejection: best of {recipe.k}")
+            picks = rejection_sample(
+                for_decoding(Llama.from_pretrained(sft.path)),
+                self.tokenizer(),
+                self._requests(recipe.requests),
+                self.score(),
+                recipe.k,
+                temperature=recipe.temperature,
+                seed=self.seed,
+            )
+            dialogs = [pick.dialog() for pick in picks]
+            data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
+            module = SupervisedModule(sft.path, recipe.peak_lr)
+            n_steps = data.count_steps(recipe.epochs)
+            self._train(folder, "rejection", module, data, n_steps)
+
+        return made
+
+    def _requests(self, n_requests: int, offset: int = 0) -> list[Dialog]:
+        """Prompts of the training split, a quarter of them unsafe."""
+        kinds = [*HARMLESS, *HARMLESS, *["unsafe"] * 5]
+        tasks = draw_tasks(self.town, n_requests, kinds, self.seed + offset)
+        return [task.dialog() for task in tasks]
+
+    def ppo(self) -> Artifact:
+        """``ppo``: the model of ``rejection`` after learning from rewards."""
+        start, recipe = self.rejection(), self.recipe.ppo
+        inputs = [start, self.reward("helpfulness"), self.reward("safety")]
+
+        @self._artifact("ppo", asdict(recipe), inputs, "ppo", "generation")
+        def made(folder: Path) -> None:
+            train, held_out = (
+                PromptDataset(
+                    dialogs,
+                    self.tokenizer(),
+                    CONTEXT,
+                    recipe.settings.max_new_tokens,
+                    self.seed,
+                )
+                for dialogs in (
+                    self._requests(recipe.requests, 2),
+                    self._requests(recipe.batch_size, 3),
+                )
+            )
+            data = PromptDataModule(train, held_out, recipe.batch_size)
+            module = PPOModule(start.path, self.score(), recipe.settings, self.seed)
+            self._train(folder, "ppo", module, data, recipe.iterations, 10)
+
+        return made
+
+
+def aligned(
+    folder: str | Path | None = None, seed: int = 0, recipe: str | Path | None = None
+) -> AlignmentStages:
+    """The stages of the repository's tour, for chapters: each is made when asked for.
+
+    Args:
+        folder: of the tour; the repository's ``runs/tour`` if left out.
+        seed: of these stages.
+        recipe: a YAML file; configs/alignment.yaml if left out.
+    """
+    prepare_process()
+    stages = Stages(folder or default_folder(), Recipe.read())
+    return AlignmentStages(stages, AlignmentRecipe.read(recipe), seed)
