@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from lightning import Trainer
-from loss_curves import recall
 
 from llama2_lite.corpus import write_shards
 from llama2_lite.model import Llama, LlamaConfig
@@ -24,6 +23,7 @@ from llama2_lite.pretraining import (
     best_precision,
 )
 from llama2_lite.runtime.artifacts import write_result
+from llama2_lite.runtime.report import share_right
 from llama2_lite.tokenizer import train_tokenizer
 from llama2_lite.town import build_town
 
@@ -127,7 +127,7 @@ def main() -> None:
                 model = train(folder, lengths, seed)
                 window = max(length for _, length, _ in lengths)
                 figures = evaluate(model, documents, window)
-                figures["facts"] = recall(model, tokenizer, probes)
+                figures["facts"] = share_right(model, tokenizer, probes)
                 print(seed, kind, figures, file=sys.stderr, flush=True)
                 results[kind].append(figures)
     modules = ["town", "tokenizer", "corpus", "layers", "attention", "model"]
@@ -136,7 +136,7 @@ def main() -> None:
         OUTPUT,
         config=CONFIG,
         seeds=SEEDS,
-        modules=[*modules, "pretraining"],
+        modules=[*modules, "generation", "pretraining", "runtime.report"],
         script=__file__,
         results={"long_documents": n_long, "runs": results},
     )

@@ -11,20 +11,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch import Callback
 
 from llama2_lite.corpus import write_shards
-from llama2_lite.model import Llama, LlamaConfig
+from llama2_lite.model import LlamaConfig
 from llama2_lite.pretraining import (
     PretrainingModule,
     TokenDataModule,
     best_precision,
 )
 from llama2_lite.runtime.artifacts import write_result
+from llama2_lite.runtime.report import share_right
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
-from llama2_lite.town import Probe, Town, build_town
+from llama2_lite.town import Town, build_town
 
 CONFIG = {
     "sizes": {
@@ -59,28 +59,6 @@ def prepare(folder: Path, town: Town) -> tuple[Tokenizer, float]:
     return tokenizer, bits / sum(len(document.text) for document in held_out)
 
 
-@torch.no_grad()
-def recall(model: Llama, tokenizer: Tokenizer, probes: list[Probe]) -> float:
-    """Share of probes whose answer greedy decoding would give.
-
-    It would if each token of the answer is the most likely one after those before it,
-    so one pass over prompts with their answers decides. The last period is left out,
-    because it may share a token with a line end after it.
-    """
-    texts = [(probe.prompt + probe.answer).removesuffix(".") for probe in probes]
-    rows = [tokenizer.encode(text, bos=True) for text in texts]
-    starts = [len(tokenizer.encode(p.prompt, bos=True)) for p in probes]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for row, target in zip(rows, ids, strict=True):
-        target[: len(row)] = torch.tensor(row)
-    guesses = model(ids[:, :-1]).argmax(-1)
-    right = [
-        bool((guess[start - 1 : len(row) - 1] == torch.tensor(row[start:])).all())
-        for guess, start, row in zip(guesses, starts, rows, strict=True)
-    ]
-    return sum(right) / len(right)
-
-
 class Curve(Callback):
     """Notes loss and recall after each validation."""
 
@@ -97,7 +75,7 @@ class Curve(Callback):
             "bits": float(trainer.callback_metrics["bits_per_character"]),
         }
         for split, probes in self.probes.items():
-            point[split] = recall(module.model, self.tokenizer, probes)
+            point[split] = share_right(module.model, self.tokenizer, probes)
         self.points.append(point)
 
 
@@ -154,7 +132,7 @@ def main() -> None:
         OUTPUT,
         config=CONFIG,
         seeds=SEEDS,
-        modules=[*modules, "pretraining"],
+        modules=[*modules, "generation", "pretraining", "runtime.report"],
         script=__file__,
         results={"estimate": estimate, "curves": results},
     )

@@ -21,8 +21,9 @@ from llama2_lite.pretraining import (
     vocabulary_loss,
 )
 from llama2_lite.runtime.artifacts import write_result
-from llama2_lite.tokenizer import Tokenizer, train_tokenizer
-from llama2_lite.town import Probe, Town, build_town
+from llama2_lite.runtime.report import share_right
+from llama2_lite.tokenizer import train_tokenizer
+from llama2_lite.town import Town, build_town
 
 CONFIG = {
     "people": 12,
@@ -78,23 +79,6 @@ def train(data: TokenDataset, seed: int) -> Llama:
 
 
 @torch.no_grad()
-def recall(model: Llama, tokenizer: Tokenizer, probes: list[Probe]) -> float:
-    """Share of facts that greedy decoding would give.
-
-    It would if each token of the answer is the most likely one after those before it.
-    The last period is left out: it may share a token with a line end after it.
-    """
-    right = 0
-    for probe in probes:
-        start = len(tokenizer.encode(probe.prompt, bos=True))
-        text = (probe.prompt + probe.answer).removesuffix(".")
-        ids = torch.tensor(tokenizer.encode(text, bos=True))
-        guesses = model(ids[None, :-1])[0, start - 1 :].argmax(-1)
-        right += bool((guesses == ids[start:]).all())
-    return right / len(probes)
-
-
-@torch.no_grad()
 def bits_per_character(model: Llama, data: TokenDataset) -> float:
     """Of the text behind a dataset."""
     losses = []
@@ -111,6 +95,7 @@ def bits_per_character(model: Llama, data: TokenDataset) -> float:
 def main() -> None:
     town = build_town(n_people=CONFIG["people"])
     training = sources(town)
+    probes = town.fact_probes("trained")
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -131,7 +116,7 @@ def main() -> None:
                 data = TokenDataset(shards, CONFIG["sequence_length"], seed=seed)
                 model = train(data, seed)
                 figures = {
-                    "recall": recall(model, tokenizer, town.fact_probes("trained")),
+                    "recall": share_right(model, tokenizer, probes),
                     **{
                         f"{source}_bits": bits_per_character(model, own)
                         for source, own in held_out.items()
@@ -144,7 +129,7 @@ def main() -> None:
         OUTPUT,
         config=CONFIG,
         seeds=SEEDS,
-        modules=[*modules, "pretraining"],
+        modules=[*modules, "generation", "pretraining", "runtime.report"],
         script=__file__,
         results=results,
     )
