@@ -13,30 +13,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from llama2_lite.runtime.usage import SUMMARIES, usage
+
 DEBUG = "LLAMA2_LITE_DEBUG"
-
-PRETRAIN_HELP = """\
-usage: llama2-lite pretrain --config NAME_OR_FILE [--key value ...]
-
-Train a Llama from the built-in town or from your own .txt, .jsonl or .parquet files.
-Stopped at any moment, the same command continues.
-
-  --config NAME_OR_FILE    town, text, or a YAML file; may be given several times
-  --output FOLDER          of the run: checkpoints, logs, and model/ at the end
-  --data.files PATTERN     what to read, or '[a.txt, b/*.jsonl]'; the town if left out
-  --data.text_field NAME   JSON key or Parquet column with the text (text)
-  --data.vocab_size N      of the tokenizer that is trained
-  --data.tokenizer FILE    a SentencePiece model to use instead
-  --data.validation_fraction X   of the text, at its end, that is held out (0.1)
-  --data.lengths '[[1.0, 256, 16]]'   share, sequence length and windows of a batch
-  --model.config.dim N     and n_layers, n_heads, n_kv_heads, hidden_dim, max_seq_len
-  --model.peak_lr X        and warmup, weight_decay, clip_norm
-  --trainer.max_steps N    and every other argument of Lightning's Trainer
-  --prompts '[ROMEO:]'     what the samples continue
-  --seed N                 of the weights and the order of the data (0)
-  --force                  start anew in a folder that is used
-  --print_config           all keys with their values; =comments explains them
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """Commands and their arguments, but for pretrain's."""
+    """Commands and their arguments, but for those that train."""
     parser = Parser(prog="llama2-lite", description="Llama 2, rebuilt.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     tour = commands.add_parser(
@@ -64,9 +43,8 @@ def make_parser() -> Parser:
     tour.add_argument("--folder", default="runs/tour", help="(%(default)s)")
     tour.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     tour.add_argument("--config", help="another recipe than configs/tour.yaml")
-    commands.add_parser(
-        "pretrain", help="train a Llama from the town or from your own files"
-    )
+    for name, summary in SUMMARIES.items():
+        commands.add_parser(name, help=summary)
     generate = commands.add_parser(
         "generate",
         help="let a model continue a prompt",
@@ -78,6 +56,19 @@ def make_parser() -> Parser:
     add("--max-new-tokens", type=int, default=200, help="(%(default)s)")
     add("--temperature", type=float, default=0.8, help="(%(default)s)")
     add("--top-p", type=float, default=0.95, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a chat model",
+        description="Talk to a chat model in the terminal. A line that begins with a "
+        "slash is a command: /system TEXT, /reset, /help, /quit.",
+    )
+    chat.add_argument("folder", help="of the model, in Hugging Face's layout")
+    add = chat.add_argument
+    add("--system", default="", metavar="TEXT", help="a system message")
+    add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
+    add("--temperature", type=float, default=0.6, help="(%(default)s)")
+    add("--top-p", type=float, default=0.9, help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     return parser
 
@@ -94,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_command(arguments)
     except KeyboardInterrupt:
-        is_kept = arguments[:1] != ["generate"]
+        is_kept = arguments[:1] not in (["generate"], ["chat"])
         hint = "stopped; the same command goes on from here" if is_kept else ""
         print(f"\n{hint}", file=sys.stderr)
         return 130
@@ -107,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("terminated")
 
 
 def _show_warning(message: Warning | str, *args: Any) -> None:
@@ -142,23 +133,20 @@ def run_command(arguments: list[str]) -> None:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "tour": run_tour,
         "generate": run_generate,
+        "chat": run_chat,
     }
     name = arguments[0] if arguments else "--help"
-    if not name.startswith("-") and name not in (*commands, "pretrain"):
-        near = difflib.get_close_matches(name, (*commands, "pretrain"))
+    known = (*commands, *SUMMARIES)
+    if not name.startswith("-") and name not in known:
+        near = difflib.get_close_matches(name, known)
         hint = f"did you mean {near[0]}?" if near else "see llama2-lite --help"
         raise ValueError(f"there is no command {name!r}; {hint}")
-    if name == "pretrain":
+    if name in SUMMARIES:
         if {"-h", "--help"} & set(arguments) or len(arguments) == 1:
-            print(PRETRAIN_HELP, end="")
+            print(usage(name), end="")
             return
-        _say_loading()
-        from llama2_lite.runtime.pretrain import run
-
-        run(arguments[1:])
+        run_training(name, arguments[1:])
         return
-    if arguments[:1] == ["generate"]:  # a prompt may begin with a dash
-        pass
     try:
         parsed = parser.parse_args(arguments or ["--help"])
     except SystemExit:  # help was printed
@@ -172,6 +160,22 @@ def _say_loading() -> None:
         print("loading PyTorch", file=sys.stderr)
 
 
+def run_training(name: str, arguments: list[str]) -> None:
+    """Train as the arguments say."""
+    _say_loading()
+    from llama2_lite.runtime.training import prepare_process
+
+    prepare_process()
+    if name == "pretrain":
+        from llama2_lite.runtime.pretrain import Pretrain
+
+        Pretrain(arguments).run()
+    else:
+        from llama2_lite.runtime.align import COMMANDS
+
+        COMMANDS[name](arguments).run()
+
+
 def run_tour(options: argparse.Namespace) -> None:
     """Build the stages of the tour and print their table."""
     _say_loading()
@@ -182,22 +186,10 @@ def run_tour(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print the prompt, and what a model makes of it as it comes."""
-    from pathlib import Path
-
     from llama2_lite.generation import stream, stream_text
-    from llama2_lite.model import Llama
-    from llama2_lite.tokenizer import Tokenizer
+    from llama2_lite.runtime.talk import open_model
 
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    model = Llama.from_pretrained(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, but the model "
-            f"{model.config.vocab_size}"
-        )
+    model, tokenizer = open_model(options.folder)
     prompt = tokenizer.encode(options.prompt, bos=True)
     tokens = stream(
         model,
@@ -213,6 +205,28 @@ def run_generate(options: argparse.Namespace) -> None:
     for piece in stream_text(tokenizer, prompt, _chain(first, tokens)):
         print(piece, end="", flush=True)
     print()
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Talk to a model."""
+    _say_loading()
+    from llama2_lite.runtime.talk import Conversation, open_model, read_lines, talk
+
+    conversation = Conversation(
+        *open_model(options.folder),
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if sys.stdin.isatty():
+        print("/help shows the commands", file=sys.stderr)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    talk(conversation, read_lines(), write)
 
 
 def _chain(first: int, rest: Any) -> Any:

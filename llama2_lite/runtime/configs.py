@@ -58,8 +58,11 @@ def explain(message: str, parser: ArgumentParser) -> str:
         near = difflib.get_close_matches(key, keys, 3, 0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         return f"there is no key {key!r}{hint}"
+    missing = re.search(r'Parser key "(.*)":.*Got value: None', message, re.DOTALL)
+    missing = missing or re.search(r'Key "(.*)" is required', message)
+    missing = missing or re.search(r"arguments are required: (\S+)", message)
+    if missing:
+        return f"{missing[1]} is missing: give --{missing[1]} or a --config with it"
     if expected := re.search(r'Parser key "(.*)":\s*(.*)', message, re.DOTALL):
         return f"{expected[1]}: {expected[2]}"
-    if required := re.search(r'Key "(.*)" is required', message):
-        return f"{required[1]} is missing: give --{required[1]} or a --config with it"
     return re.sub(r"Call to compute_fn of link .* failed: ", "", message)

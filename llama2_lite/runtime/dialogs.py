@@ -99,7 +99,7 @@ def read_dialogs(
         if limit:
             limit(dialog)
 
-    return _collect(patterns, _demonstrations, check, skip_bad, "dialogue")
+    return collect(patterns, _demonstrations, check, skip_bad, "dialogue")
 
 
 def read_preferences(
@@ -133,7 +133,7 @@ def read_preferences(
     def convert(record: Record) -> Iterable[Preference]:
         return _preferences(record, axis)
 
-    return _collect(patterns, convert, check, skip_bad, "preference pair")
+    return collect(patterns, convert, check, skip_bad, "preference pair")
 
 
 def read_prompts(
@@ -155,19 +155,26 @@ def read_prompts(
         if limit:
             limit(prompt)
 
-    read = _collect(patterns, _prompts, check, skip_bad, "prompt")
+    read = collect(patterns, _prompts, check, skip_bad, "prompt")
     read.items = list({dialog_key(prompt): prompt for prompt in read.items}.values())
     return read
 
 
-def context_limit(tokenizer: Tokenizer, context: int) -> Callable[[Dialog], None]:
-    """A check for dialogues of more tokens than a context has."""
+def context_limit(
+    tokenizer: Tokenizer, context: int, answer_tokens: int = 0
+) -> Callable[[Dialog], None]:
+    """A check for dialogues of more tokens than a context has.
+
+    Args:
+        answer_tokens: room to leave for an answer.
+    """
 
     def limit(dialog: Dialog) -> None:
         n_tokens = len(encode_dialog(dialog, tokenizer).ids)
-        if n_tokens > context:
+        if n_tokens + answer_tokens > context:
+            room = f", less {answer_tokens} for the answer" if answer_tokens else ""
             raise ValueError(
-                f"the dialogue has {n_tokens} tokens, but the context {context}"
+                f"the dialogue has {n_tokens} tokens, but the context {context}{room}"
             )
 
     return limit
@@ -211,7 +218,7 @@ def split_by_prompt(
     return parts
 
 
-def _collect(
+def collect(
     patterns: Iterable[str],
     convert: Callable[[Record], Iterable[T]],
     check: Callable[[T], None],
@@ -319,7 +326,7 @@ def _demonstrations(record: Record) -> Iterable[Dialog]:
         if record.get(name) is not None:
             return [_messages(record[name], name)]
     if "instruction" in record and "chosen" not in record:
-        answer = _message("assistant", _text(record, "output"))
+        answer = _message("assistant", field_text(record, "output"))
         return [[*_prompt(record), answer]]
     pairs = _preferences(record, "helpfulness")
     return [answered(pair, pair.chosen) for pair in pairs]
@@ -357,7 +364,7 @@ def _preferences(record: Record, axis: str) -> Iterable[Preference]:
     names = ("chosen", "rejected")
     if "prompt" in record or "instruction" in record:
         prompt = _prompt(record)
-        chosen, rejected = (_text(record, name) for name in names)
+        chosen, rejected = (field_text(record, name) for name in names)
     else:
         dialogs = [_transcript(record, name) for name in names]
         for name, dialog in zip(names, dialogs, strict=True):
@@ -376,7 +383,7 @@ def _safe_rlhf_pair(record: Record, axis: str) -> Preference:
     if record.get(judgement) not in (0, 1):
         raise ValueError(f"the field {judgement!r} is not 0 or 1")
     best = int(record[judgement])
-    chosen, rejected = (_text(record, f"response_{i}") for i in (best, 1 - best))
+    chosen, rejected = (field_text(record, f"response_{i}") for i in (best, 1 - best))
     safety_bin: str | None = None
     if axis == "safety":
         safe = tuple(record.get(f"is_response_{i}_safe") for i in (best, 1 - best))
@@ -391,7 +398,7 @@ def _safe_rlhf_pair(record: Record, axis: str) -> Preference:
     return Preference(_prompt(record), chosen, rejected, None, safety_bin)
 
 
-def _text(record: Record, name: str) -> str:
+def field_text(record: Record, name: str) -> str:
     """A field that is a text."""
     if name not in record:
         raise ValueError(f"no field {name!r}, only {', '.join(record)}")
@@ -409,10 +416,10 @@ def _prompt(record: Record) -> Dialog:
     if isinstance(record.get("prompt"), list):
         return _messages(record["prompt"], "prompt")
     if "prompt" in record:
-        return [_message("user", _text(record, "prompt"))]
-    text = _text(record, "instruction")
+        return [_message("user", field_text(record, "prompt"))]
+    text = field_text(record, "instruction")
     if record.get("input"):
-        text = f"{text}\n\n{_text(record, 'input')}".strip()
+        text = f"{text}\n\n{field_text(record, 'input')}".strip()
     return [_message("user", text)]
 
 
@@ -440,7 +447,7 @@ def _transcript(record: Record, name: str) -> Dialog:
     """A whole dialogue in one field, as HH-RLHF writes it or as messages."""
     if isinstance(record.get(name), list):
         return _messages(record[name], name)
-    before, *parts = TURN.split(_text(record, name))
+    before, *parts = TURN.split(field_text(record, name))
     if before or not parts:
         raise ValueError(f"the field {name!r} does not begin with 'Human:'")
     turns = zip(parts[::2], parts[1::2], strict=True)
@@ -454,11 +461,11 @@ def _is_tree(record: Record) -> bool:
 
 def _node(node: Record) -> tuple[Message, list[Record]]:
     """A message of a tree, and the replies to it that stand, the best ranked first."""
-    role = ROLES.get(_text(node, "role"))
+    role = ROLES.get(field_text(node, "role"))
     if role is None:
         raise ValueError(f"the role {node['role']!r} is not prompter or assistant")
     replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
-    return _message(role, _text(node, "text")), sorted(replies, key=_rank)
+    return _message(role, field_text(node, "text")), sorted(replies, key=_rank)
 
 
 def _rank(node: Record) -> float:
@@ -484,7 +491,7 @@ def _ranked_pairs(node: Record, before: Dialog) -> Iterator[Preference]:
     if message["role"] == "user":
         for better, worse in combinations(ranked, 2):
             if _rank(better) < _rank(worse):
-                answers = _text(better, "text"), _text(worse, "text")
+                answers = field_text(better, "text"), field_text(worse, "text")
                 yield Preference(dialog, *answers)
     for reply in replies:
         yield from _ranked_pairs(reply, dialog)

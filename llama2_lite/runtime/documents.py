@@ -57,6 +57,12 @@ def matching_files(pattern: str) -> list[Path]:
     raise FileNotFoundError(f"no file matches {pattern}")
 
 
+def file_stamps(paths: Iterable[Path]) -> list[list[str | int]]:
+    """Path, size and time of each of some files, which change when they change."""
+    stamps = [(path, path.stat()) for path in sorted({p.resolve() for p in paths})]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stamps]
+
+
 def _read_text(path: Path, _: str) -> Iterator[str]:
     """A text file in documents of at most ``DOCUMENT_CHARACTERS``."""
     rest, is_empty = "", True

@@ -8,7 +8,12 @@ from typing import Any
 from llama2_lite.corpus import clean_documents, drop_duplicates, write_shards
 from llama2_lite.pretraining import TokenDataModule
 from llama2_lite.runtime.artifacts import PACKAGE, artifact, file_hash
-from llama2_lite.runtime.documents import hold_out, matching_files, read_documents
+from llama2_lite.runtime.documents import (
+    file_stamps,
+    hold_out,
+    matching_files,
+    read_documents,
+)
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 from llama2_lite.town import DEFAULT_DOCUMENTS, build_town
 
@@ -63,12 +68,9 @@ class TextDataModule(TokenDataModule):
         """What the text depends on, as JSON values."""
         if self.files is None:
             return {"town_documents": self.town_documents, "lists": town_lists()}
-        files = {
-            path.resolve() for pattern in self.files for path in matching_files(pattern)
-        }
-        stamps = [(path, path.stat()) for path in sorted(files)]
+        files = (path for pattern in self.files for path in matching_files(pattern))
         return {
-            "files": [[str(p), stat.st_size, stat.st_mtime_ns] for p, stat in stamps],
+            "files": file_stamps(files),
             "text_field": self.text_field,
             "validation_fraction": self.validation_fraction,
         }

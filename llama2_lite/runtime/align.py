@@ -1,0 +1,309 @@
+"""`llama2-lite sft`, `reward`, `reject`, `ppo` and `gatt`: the road to a chat model.
+
+Each starts from a model folder and files of one's own, and leaves a model folder.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+
+from llama2_lite.chat import Dialog, answer
+from llama2_lite.ghost_attention import GhostAttentionModule
+from llama2_lite.model import Llama
+from llama2_lite.ppo import PPOModule, PPOSettings
+from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
+from llama2_lite.runtime.artifacts import write_json
+from llama2_lite.runtime.command import TrainingCommand
+from llama2_lite.runtime.file_data import (
+    DialogFiles,
+    FileData,
+    PreferenceFiles,
+    PromptFiles,
+    folder_stamps,
+)
+from llama2_lite.runtime.rewards import check_reward_models, open_reward
+from llama2_lite.runtime.sampled_data import GhostData, RejectionData
+from llama2_lite.runtime.training import TRAINER_DEFAULTS, KeepBest
+from llama2_lite.sft import SupervisedModule
+
+
+class AlignmentCommand(TrainingCommand):
+    """A module that starts from a model folder, and data that goes with it.
+
+    Attributes:
+        start_key: the key of the module that takes the folder.
+    """
+
+    start_key: ClassVar[str] = "model.folder"
+    trainer_defaults: ClassVar[dict[str, Any]] = TRAINER_DEFAULTS | {
+        "val_check_interval": 100
+    }
+    not_decisive: ClassVar[tuple[str, ...]] = (
+        "data.files",
+        "data.start",
+        "model.folder",
+        "model.chat",
+    )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What belongs to no class."""
+        super().add_default_arguments_to_parser(parser)
+        add = parser.add_argument
+        add("--start", type=str, required=True, help="Folder of the model to train.")
+        add("--skip-bad", action="store_true", help="Drop and count bad samples.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What follows from something else."""
+        parser.link_arguments("start", self.start_key)
+        parser.link_arguments("start", "data.start")
+        parser.link_arguments("skip_bad", "data.skip_bad")
+        parser.link_arguments("seed", "data.seed")
+
+    def run(self) -> None:
+        """Say what was read, then train."""
+        counts = ", ".join(
+            f"{count:,} {name.replace('_', ' ')}"
+            for name, count in self.datamodule.counts.items()
+        )
+        self.say(counts)
+        if bad := self.datamodule.bad:
+            self.say(f"dropped {len(bad):,} bad samples, the first: {bad[0]}")
+        super().run()
+
+    def say(self, text: str) -> None:
+        """Print a line of any length, in one process."""
+        if self.trainer.is_global_zero:
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def figures(self) -> dict[str, Any]:
+        """What every result has."""
+        best = next(
+            call for call in self.trainer.callbacks if isinstance(call, KeepBest)
+        )
+        return {
+            **self.datamodule.counts,
+            "dropped": len(self.datamodule.bad),
+            "steps": self.trainer.max_steps,
+            "best_step": best.best_step,
+            "validation_loss": best.best_loss,
+        }
+
+
+class SupervisedCommand(AlignmentCommand):
+    """`llama2-lite sft`."""
+
+    name = "sft"
+    module = SupervisedModule
+    data: ClassVar[type[FileData]] = DialogFiles
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What belongs to no class."""
+        super().add_default_arguments_to_parser(parser)
+        add = parser.add_argument
+        add("--prompts", type=list[str], default=[], help="What to answer at the end.")
+
+    def finish(self, folder: Path) -> None:
+        """Answer the prompts, and say how well held-out answers are predicted."""
+        if prompts := self.config.prompts:
+            model = Llama.from_pretrained(folder / "model")
+            dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            answers = answer(model, self.tokenizer(), dialogs, max_new_tokens=128)
+            for prompt, text in zip(prompts, answers, strict=True):
+                print(f"\n{prompt}\n{text}")
+        figures = self.figures()
+        write_json(folder / "result.json", figures)
+        print(
+            f"\nvalidation loss {figures['validation_loss']:.4f} nats per token of the "
+            f"answers; the model is in {folder / 'model'}"
+        )
+
+
+class RewardCommand(AlignmentCommand):
+    """`llama2-lite reward`."""
+
+    name = "reward"
+    module = RewardModule
+    data: ClassVar[type[FileData]] = PreferenceFiles
+    start_key = "model.chat"
+
+    def finish(self, folder: Path) -> None:
+        """Say how many held-out pairs the best model ranks as annotators did."""
+        pairs = self.datamodule.held_out_pairs
+        model = RewardModel.from_pretrained(folder / "model")
+        scores = score_pairs(model, self.tokenizer(), pairs)
+        right, total = count_right(*scores, [None] * len(pairs))[None]
+        by_level = count_right(*scores, [pair.level for pair in pairs])
+        figures = self.figures() | {
+            "accuracy": right / total,
+            "by_level": {
+                str(level): {"right": counts[0], "pairs": counts[1]}
+                for level, counts in by_level.items()
+                if level is not None
+            },
+        }
+        write_json(folder / "result.json", figures)
+        for level, counts in figures["by_level"].items():
+            print(f"{level}: {counts['right']} of {counts['pairs']} held-out pairs")
+        print(
+            f"accuracy {right / total:.3f} on {total} held-out pairs; the model is in "
+            f"{folder / 'model'}"
+        )
+
+
+class RejectionCommand(SupervisedCommand):
+    """`llama2-lite reject`."""
+
+    name = "reject"
+    data: ClassVar[type[FileData]] = RejectionData
+    not_decisive: ClassVar[tuple[str, ...]] = (
+        *AlignmentCommand.not_decisive,
+        "data.folder",
+        "data.sampler",
+        "data.helpfulness",
+        "data.safety",
+        "data.safety_files",
+        "data.earlier",
+    )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What follows from something else."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("output", "data.folder")
+
+
+SETTINGS = PPOSettings()
+
+
+class RewardedPPO(PPOModule):
+    """PPO whose rewards come from reward models.
+
+    Args:
+        folder: of the chat model to start from.
+        helpfulness, safety: folders of the reward models; one may be left out.
+        settings: see `llama2_lite.ppo.PPOSettings`.
+        seed: of the answers and of the order of the minibatches.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        helpfulness: str | None = None,
+        safety: str | None = None,
+        settings: PPOSettings = SETTINGS,
+        seed: int = 0,
+    ):
+        super().__init__(folder, self.no_reward, settings, seed)
+        self.reward_folders = check_reward_models(helpfulness, safety, folder)
+        self.helpfulness, self.safety = helpfulness, safety
+
+    def no_reward(self, prompts: list[Dialog], answers: list[str]) -> Tensor:
+        """Stands for the reward until there is one."""
+        raise RuntimeError("the reward models are opened when training starts")
+
+    def on_fit_start(self) -> None:
+        """Open the reward models; in a function, they stay out of the checkpoints."""
+        super().on_fit_start()
+        self.reward = open_reward(
+            self.helpfulness,
+            self.safety,
+            self.folder,
+            self.model.config,
+            self.trainer.datamodule.safety_prompts,
+            self.device,
+        )
+
+
+class PPOCommand(AlignmentCommand):
+    """`llama2-lite ppo`."""
+
+    name = "ppo"
+    module = RewardedPPO
+    data: ClassVar[type[FileData]] = PromptFiles
+    trainer_defaults: ClassVar[dict[str, Any]] = TRAINER_DEFAULTS | {
+        "max_steps": 200,
+        "val_check_interval": 10,
+        "log_every_n_steps": 1,
+    }
+    not_decisive: ClassVar[tuple[str, ...]] = (
+        *AlignmentCommand.not_decisive,
+        "data.safety_files",
+        "model.helpfulness",
+        "model.safety",
+    )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What follows from something else."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("seed", "model.seed")
+        parser.link_arguments("model.settings.max_new_tokens", "data.max_new_tokens")
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the result, the reward models too."""
+        stamps = [folder_stamps(path) for path in self.model.reward_folders]
+        return super().describe() | {"source.rewards": stamps}
+
+    def finish(self, folder: Path) -> None:
+        """Compare the answers of the best model with those before."""
+        module, prompts = self.model, self.datamodule.held_out.prompts
+        rewards = []
+        for path in (self.config.start, folder / "model"):
+            module.model = Llama.from_pretrained(path).to(module.device)
+            _, texts, _ = module.sample(prompts, seed=self.config.seed)
+            dialogs = [prompt.dialog for prompt in prompts]
+            rewards.append(module.reward(dialogs, texts).cpu())
+        before, after = rewards
+        figures = self.figures() | {
+            "reward_before": before.mean().item(),
+            "reward": after.mean().item(),
+            "better": int((after > before).sum()),
+            "worse": int((after < before).sum()),
+        }
+        write_json(folder / "result.json", figures)
+        print(
+            f"mean reward of {len(prompts)} held-out answers {before.mean():.3f} "
+            f"before, {after.mean():.3f} after; {figures['better']} are better and "
+            f"{figures['worse']} worse; the model is in {folder / 'model'}"
+        )
+
+
+class GhostCommand(AlignmentCommand):
+    """`llama2-lite gatt`."""
+
+    name = "gatt"
+    module = GhostAttentionModule
+    data: ClassVar[type[FileData]] = GhostData
+    not_decisive: ClassVar[tuple[str, ...]] = (
+        *AlignmentCommand.not_decisive,
+        "data.folder",
+        "data.sampler",
+        "data.instructions",
+    )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What follows from something else."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("output", "data.folder")
+
+    def finish(self, folder: Path) -> None:
+        """Say how many replies obeyed, and how well those held out are predicted."""
+        figures = self.figures()
+        write_json(folder / "result.json", figures)
+        print(
+            f"{figures['obeyed']:,} of {figures['replies']:,} sampled replies obeyed; "
+            f"validation loss {figures['validation_loss']:.4f} nats per token of the "
+            f"replies; the model is in {folder / 'model'}"
+        )
+
+
+COMMANDS: dict[str, type[AlignmentCommand]] = {
+    command.name: command
+    for command in (
+        SupervisedCommand,
+        RewardCommand,
+        RejectionCommand,
+        PPOCommand,
+        GhostCommand,
+    )
+}

@@ -1,0 +1,215 @@
+"""What the training commands share: their command line and the folder of a run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from llama2_lite.pretraining import best_precision
+from llama2_lite.runtime.artifacts import write_json
+from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.progress import TrainingProgress, make_console
+from llama2_lite.runtime.training import TRAINER_DEFAULTS, fit, trainer_parts
+from llama2_lite.tokenizer import Tokenizer
+
+# What belongs to a run in its folder; everything else there is somebody else's.
+OWN = (
+    "config.yaml",
+    "run.json",
+    "result.json",
+    "corpus",
+    "sampled",
+    "checkpoints",
+    "logs",
+    "model",
+)
+
+
+class TrainingCommand(LightningCLI):
+    """Lightning's trainer, a module and its data, from a command line.
+
+    A subclass names its module and its data, and says what `finish` shows.
+
+    Attributes:
+        name: of the command.
+        module, data: the classes to build.
+        not_decisive: keys of the configuration that say where things are, and nothing
+            about the result.
+        trainer_defaults: arguments of the trainer that are not Lightning's.
+    """
+
+    name: ClassVar[str]
+    module: ClassVar[type[LightningModule]]
+    data: ClassVar[type[LightningDataModule]]
+    not_decisive: ClassVar[tuple[str, ...]] = ("data.folder", "data.files")
+    trainer_defaults: ClassVar[dict[str, Any]] = TRAINER_DEFAULTS
+
+    def __init__(self, arguments: list[str]):
+        self.console = make_console()
+        super().__init__(
+            self.module,
+            self.data,
+            save_config_callback=None,
+            trainer_defaults=self.trainer_defaults,
+            parser_kwargs={
+                "exit_on_error": False,
+                "prog": f"llama2-lite {self.name}",
+            },
+            args=arguments,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What belongs to no class."""
+        add, output = parser.add_argument, f"runs/{self.name}"
+        add("--output", type=Path, default=output, help="Folder of the run.")
+        add("--seed", type=int, default=0, help="Of the weights and the data.")
+        add("--checkpoint_every", type=int, default=500, help="Steps between them.")
+        add("--keep_checkpoints", type=int, default=2, help="How many stay.")
+        add("--force", action="store_true", help="Start anew in a folder that is used.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and turn each error into one that names the key and its neighbours."""
+        try:
+            self.config = parser.parse_args(with_config_paths(args))
+        except Exception as error:
+            raise ValueError(explain(str(error), parser)) from None
+
+    def _set_seed(self) -> None:
+        seed_everything(self.config.seed, verbose=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose what the configuration leaves open."""
+        if self.config.trainer.precision is None:
+            self.config.trainer.precision = best_precision()
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model; it need not be there before training."""
+        return self.datamodule.tokenizer()
+
+    def callbacks(self) -> list[Callback]:
+        """What watches the training, besides what every run has."""
+        return [TrainingProgress(self.name, self.console)]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's trainer with our parts, to which the configuration may add."""
+        config = self.config
+        given = {k: v for k, v in self.config_init.trainer.items() if v is not None}
+        parts = trainer_parts(
+            config.output,
+            config.output / "model",
+            self.tokenizer,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            callbacks=[*as_list(given.pop("callbacks", [])), *self.callbacks()],
+            loggers=[
+                TensorBoardLogger(config.output, name="logs", version=""),
+                *as_list(given.pop("logger", [])),
+            ],
+        )
+        parts["plugins"] += as_list(given.pop("plugins", []))
+        return Trainer(**{**parts, **given})
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the result of the run, key by key, as JSON values."""
+        config = yaml.safe_load(self.parser.dump(self.config))
+        keys = ("max_steps", "accumulate_grad_batches", "precision")
+        kept = {
+            "model": config["model"],
+            "data": config["data"],
+            "seed": config["seed"],
+            "trainer": {key: config["trainer"][key] for key in keys},
+            "source": self.datamodule.source(),
+        }
+        flat = flatten(kept)
+        for name in self.not_decisive:  # what the files are is in the source
+            flat.pop(name, None)
+        return json.loads(json.dumps(flat))
+
+    def run(self) -> None:
+        """Train as the arguments say, or go on with what they began."""
+        folder = Path(self.config.output)
+        if self.trainer.is_global_zero:
+            claim_folder(folder, self.describe(), self.config.force)
+            (folder / "config.yaml").write_text(self.parser.dump(self.config), "utf-8")
+        fit(self.trainer, self.model, self.datamodule, folder, self.console.print)
+        if self.trainer.is_global_zero:
+            self.finish(folder)
+
+    def finish(self, folder: Path) -> None:
+        """Measure the result, show it, and write it to ``result.json``."""
+        raise NotImplementedError
+
+
+def as_list(value: Any) -> list[Any]:
+    """One or several; yes and no are none, as ours are there in any case."""
+    if isinstance(value, bool):
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def with_config_paths(arguments: list[str]) -> list[str]:
+    """Arguments in which each ``--config NAME`` is a path to a readable file."""
+    found: list[str] = []
+    previous = ""
+    for argument in arguments:
+        if previous in ("--config", "-c"):
+            argument = str(find_config(argument))
+            read_yaml(argument)  # for the sake of its errors
+        elif argument.startswith("--config="):
+            argument = f"--config={find_config(argument.partition('=')[2])}"
+            read_yaml(argument.partition("=")[2])
+        found.append(argument)
+        previous = argument
+    return found
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
+    """Make sure that a folder is empty or holds this very run.
+
+    Raises:
+        FileExistsError: if it holds anything else and ``force`` is not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found = json.loads((folder / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        found = None
+    has_progress = any((folder / "checkpoints").glob("step-*"))
+    if found is None and any(folder.iterdir()) and not force:
+        raise FileExistsError(
+            f"{folder} exists and holds other things; choose another --output, or "
+            "--force to use it (files of other names stay)"
+        )
+    if found is not None and found != wanted and has_progress and not force:
+        keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        raise FileExistsError(
+            f"{folder} holds a run with {keys[0]} = {found.get(keys[0])}, not "
+            f"{wanted.get(keys[0])}; choose another --output, or --force to start anew"
+        )
+    if found != wanted:
+        for name in OWN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_json(folder / "run.json", wanted)

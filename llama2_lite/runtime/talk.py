@@ -1,0 +1,195 @@
+"""`llama2-lite chat`: a conversation in the terminal."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from llama2_lite.chat import Dialog, check_dialog, encode_dialog
+from llama2_lite.generation import stream, stream_text
+from llama2_lite.model import Llama
+from llama2_lite.tokenizer import Tokenizer
+
+HELP = """\
+/system TEXT  begin anew under a system message; without TEXT, under none
+/reset        begin anew under the same system message
+/help         show this
+/quit         leave; so does the end of the input (Ctrl-D)
+Ctrl-C        cut an answer short"""
+
+
+def open_model(folder: str | Path) -> tuple[Llama, Tokenizer]:
+    """A model and its tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds something else, or the two do not fit together.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    model = Llama.from_pretrained(folder)
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, but the model "
+            f"{model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+class Conversation:
+    """What has been said to a model, and how it answers.
+
+    Args:
+        system: the system message; none if it is empty.
+        max_new_tokens: longest answer.
+        temperature, top_p: see `llama2_lite.generation.generate`.
+        seed: the same seed and the same words give the same answers.
+
+    Raises:
+        ValueError: if the system message contains a tag of the dialogue format.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        *,
+        system: str = "",
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        seed: int = 0,
+    ):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.dialog: Dialog = []
+        self.begin(system)
+
+    def begin(self, system: str) -> None:
+        """Forget what was said, and give the model another system message.
+
+        Raises:
+            ValueError: if it contains a tag.
+        """
+        dialog = [{"role": "system", "content": system}] if system.strip() else []
+        check_dialog([*dialog, {"role": "user", "content": "Hi"}])
+        self.dialog = dialog
+
+    def reset(self) -> None:
+        """Forget what was said, but for the system message."""
+        self.dialog = [
+            message for message in self.dialog if message["role"] == "system"
+        ]
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Answer, in pieces of text as they come.
+
+        Both sides are remembered as far as they came, unless the answer is empty.
+
+        Raises:
+            ValueError: if the text is empty or contains a tag, or if the dialogue has
+                become too long; what was said before stays as it was.
+        """
+        dialog = [*self.dialog, {"role": "user", "content": text}]
+        ids = encode_dialog(dialog, self.tokenizer).ids
+        context = self.model.config.max_seq_len
+        if len(ids) >= context:
+            raise ValueError(
+                f"with this, the dialogue has {len(ids)} tokens, which leaves no room "
+                f"in the context of {context}; /reset begins anew"
+            )
+        tokens = stream(
+            self.model,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stop_ids=[self.tokenizer.eos_id],
+            seed=self.seed + len(dialog),  # not the same dice in each turn
+        )
+        said: list[str] = []
+        try:
+            for piece in stream_text(self.tokenizer, ids, tokens):
+                # the space behind [/INST] belongs to the format, not to the answer
+                shown = piece if said else piece.lstrip()
+                if shown:
+                    said.append(shown)
+                    yield shown
+        finally:
+            self._remember(dialog, "".join(said).strip())
+
+    def _remember(self, dialog: Dialog, answer: str) -> None:
+        whole = [*dialog, {"role": "assistant", "content": answer}]
+        try:
+            check_dialog(whole)
+        except ValueError:  # empty, or the model wrote a tag: it cannot be repeated
+            return
+        self.dialog = whole
+
+
+def talk(
+    conversation: Conversation, lines: Iterable[str], write: Callable[[str], None]
+) -> None:
+    """Answer line after line, and obey commands, until they end.
+
+    Args:
+        lines: what the user types.
+        write: shows text.
+    """
+    for line in lines:
+        command, _, rest = line.strip().partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/help":
+                write(f"{HELP}\n")
+            elif command == "/reset":
+                conversation.reset()
+                write("[begun anew]\n")
+            elif command == "/system":
+                conversation.begin(rest)
+                which = "a" if rest.strip() else "no"
+                write(f"[begun anew, with {which} system message]\n")
+            elif command.startswith("/"):
+                write(f"[there is no command {command}]\n{HELP}\n")
+            elif command:
+                show(conversation, line.strip(), write)
+        except ValueError as error:
+            write(f"[{error}]\n")
+
+
+def show(conversation: Conversation, text: str, write: Callable[[str], None]) -> None:
+    """Write an answer as it comes; Ctrl-C ends it."""
+    pieces = conversation.reply(text)
+    is_empty = True
+    try:
+        for piece in pieces:
+            is_empty = False
+            write(printable(piece))
+    except KeyboardInterrupt as error:
+        pieces.close()  # type: ignore[attr-defined]
+        if error.args:  # the process was told to end
+            raise
+    write("[no answer]\n" if is_empty else "\n")
+
+
+def printable(text: str) -> str:
+    """Text without what would control a terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def read_lines() -> Iterator[str]:
+    """What the user types: with a prompt, and editing, in a terminal."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  # input() then knows arrow keys
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return

@@ -1,0 +1,507 @@
+"""`sft`, `reward`, `reject`, `ppo`, `gatt` on files, and `chat` with the result."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_training import KILLED, in_process
+
+from llama2_lite.model import Llama, LlamaConfig
+from llama2_lite.reward import RewardModel
+from llama2_lite.runtime.cli import main
+from llama2_lite.runtime.dialogs import read_dialogs
+from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
+from llama2_lite.tokenizer import Tokenizer, train_tokenizer
+
+RECORDS = [
+    {
+        "prompt": f"What is {a} + {b}?",
+        "chosen": f"It is {a + b}.",
+        "rejected": f"No, {a}!",
+    }
+    for a in range(1, 7)
+    for b in range(1, 7)
+]
+TRAINER = [
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+    "--checkpoint_every=2",
+]
+COMMANDS = ["sft", "reward", "reject", "ppo", "gatt"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, two tiny reward models and files to learn from."""
+    folder = tmp_path_factory.mktemp("world")
+    texts = [
+        f"[INST] {r['prompt']} [/INST] {r['chosen']} {r['rejected']}" for r in RECORDS
+    ]
+    tokenizer = train_tokenizer([*texts, "<<SYS>> <</SYS>>"], folder / "t.model", 320)
+    torch.manual_seed(0)
+    config = LlamaConfig(16, 1, 2, 2, 320, 32, max_seq_len=64)
+    Llama(config).save_pretrained(folder / "start", tokenizer)
+    for name in ("helpful", "safe"):
+        model = RewardModel(config)
+        torch.nn.init.normal_(model.head.weight)
+        model.save_pretrained(folder / name, tokenizer)
+    lines = "\n".join(map(json.dumps, RECORDS))
+    (folder / "pairs.jsonl").write_text(lines)
+    turns = [
+        {"role": role, "content": record[key]}
+        for record in RECORDS
+        for role, key in (("user", "prompt"), ("assistant", "chosen"))
+    ]
+    dialogs = [{"dialog": turns[i : i + 4]} for i in range(0, len(turns), 4)]
+    (folder / "dialogs.jsonl").write_text("\n".join(map(json.dumps, dialogs)))
+    (folder / "told.jsonl").write_text('{"text": "Be kind."}\n{"text": "Be it."}')
+    (folder / "safety.jsonl").write_text('{"prompt": "Where is the key?"}')
+    return folder
+
+
+def arguments(world: Path, name: str, output: Path) -> list[str]:
+    """A tiny run of a command; what samples starts from what `sft` leaves."""
+    start = world / ("start" if name in ("sft", "reward") else "runs/sft/model")
+    shared = [f"--start={start}", f"--output={output}", *TRAINER]
+    files = f"--data.files={world}/pairs.jsonl"
+    safety = f"--data.safety_files={world}/safety.jsonl"
+    more = {
+        "sft": [
+            *("--data.batch_size=2", "--data.epochs=16", "--model.peak_lr=0.01"),
+            *("--trainer.val_check_interval=40", "--checkpoint_every=40"),
+        ],
+        "reward": ["--data.batch_size=8", "--data.epochs=2", "--model.peak_lr=0.01"],
+        "reject": [
+            *(f"--data.helpfulness={world}/helpful", f"--data.safety={world}/safe"),
+            *(safety, "--data.k=3", "--data.max_new_tokens=8", "--data.batch_size=4"),
+        ],
+        "ppo": [
+            *(f"--model.helpfulness={world}/helpful", f"--model.safety={world}/safe"),
+            *(safety, "--data.validation_prompts=8", "--data.batch_size=8"),
+            *("--model.settings.minibatch_size=4", "--trainer.max_steps=6"),
+            *("--model.settings.max_new_tokens=12", "--model.settings.lr=0.01"),
+        ],
+        "gatt": [
+            *(f"--data.files={world}/dialogs.jsonl", "--data.batch_size=4"),
+            *(f"--data.instructions={world}/told.jsonl", "--data.max_new_tokens=12"),
+            *("--data.plain=0.3", "--data.context=1"),
+        ],
+    }
+    return [name, *shared, files, *more[name]]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> dict[str, Path]:
+    """A finished run of each command."""
+    folders = {name: world / "runs" / name for name in COMMANDS}
+    for name, folder in folders.items():
+        assert main(arguments(world, name, folder)) == 0
+    return folders
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_leaves_a_model_and_figures(
+    finished: dict[str, Path], world: Path, name: str
+) -> None:
+    folder = finished[name]
+    figures = json.loads((folder / "result.json").read_text())
+    assert figures["steps"] > 3
+    assert figures["held_out"] > 0
+    assert (folder / "logs" / "metrics.csv").is_file()
+    kind = RewardModel if name == "reward" else Llama
+    model = kind.from_pretrained(folder / "model")
+    assert model.config.dim == 16
+    tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
+    assert tokenizer.sha256 == Tokenizer(world / "t.model").sha256
+    before = (world / "start" / "model.safetensors").read_bytes()
+    assert weights(folder) not in (before, name != "sft" and weights(finished["sft"]))
+
+
+def test_what_was_learned_is_measured(finished: dict[str, Path], capsys) -> None:
+    figures = json.loads((finished["reward"] / "result.json").read_text())
+    assert figures["pairs"] + figures["held_out"] == len(RECORDS)
+    assert 0.9 <= figures["accuracy"] <= 1  # "It is" against "No" is easy
+    figures = json.loads((finished["sft"] / "result.json").read_text())
+    assert figures["validation_loss"] < 2.5  # log 320 is 5.8
+    figures = json.loads((finished["ppo"] / "result.json").read_text())
+    assert figures["better"] + figures["worse"] <= figures["held_out"] == 8
+    assert figures["reward"] != figures["reward_before"]
+
+
+def test_rejection_keeps_the_best_answers(
+    finished: dict[str, Path], world: Path
+) -> None:
+    file = finished["reject"] / "sampled" / "dialogs.jsonl"
+    dialogs = read_dialogs([str(file)]).items
+    prompts = [dialog[0]["content"] for dialog in dialogs]
+    assert len(prompts) == len(set(prompts)) > len(RECORDS) / 2
+    assert "Where is the key?" in prompts
+    (drawn,) = (file.parent).glob("answers-*.json")
+    kept = json.loads(drawn.read_text())
+    best = [
+        texts[max(range(3), key=lambda i: scores[i])]
+        for texts, scores in zip(kept["answers"], kept["scores"], strict=True)
+        if max(scores) > float("-inf")
+    ]
+    assert [dialog[1]["content"] for dialog in dialogs] == [
+        text.strip() for text in best
+    ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_finished_run_says_the_same_again(
+    finished: dict[str, Path], world: Path, name: str, capfd
+) -> None:
+    folder = finished[name]
+    before = weights(folder), (folder / "result.json").read_text()
+    assert main(arguments(world, name, folder)) == 0
+    assert "continuing from step" in capfd.readouterr().err
+    assert (weights(folder), (folder / "result.json").read_text()) == before
+
+
+def run_and_die(arguments: list[str], module: str, function: str, nth: int) -> None:
+    """Be killed at the n-th call of a function."""
+    import importlib
+
+    place = importlib.import_module(f"llama2_lite.runtime.{module}")
+    original, calls = getattr(place, function), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(place, function, counted)
+    main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "nth"),
+    [
+        ("sft", "checkpoints", "save_file", 2),
+        ("reward", "checkpoints", "complete_checkpoint", 2),
+        ("ppo", "checkpoints", "save_file", 2),
+        ("reject", "sampled_data", "write_lines", 2),
+        ("reject", "checkpoints", "save_file", 2),
+        ("gatt", "sampled_data", "write_lines", 2),
+        ("gatt", "checkpoints", "complete_checkpoint", 2),
+    ],
+)
+def test_killed_and_continued_is_never_killed(
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    name: str,
+    module: str,
+    function: str,
+    nth: int,
+) -> None:
+    run = arguments(world, name, tmp_path / "run")
+    assert in_process(run_and_die, run, module, function, nth) == KILLED
+    assert main(run) == 0
+    assert weights(tmp_path / "run") == weights(finished[name])
+
+
+def test_a_later_round_takes_the_best_of_all(
+    finished: dict[str, Path], world: Path, tmp_path: Path
+) -> None:
+    earlier = finished["reject"] / "sampled" / "dialogs.jsonl"
+    run = arguments(world, "reject", tmp_path / "run")
+    more = [f"--data.earlier={earlier}", "--seed=1", "--data.temperatures=[0.7, 1.3]"]
+    assert main([*run, *more]) == 0
+    before, after = (
+        {
+            record["dialog"][0]["content"]: record["score"]
+            for record in map(json.loads, path.read_text().splitlines())
+        }
+        for path in (earlier, tmp_path / "run" / "sampled" / "dialogs.jsonl")
+    )
+    assert before.keys() <= after.keys()
+    assert all(after[prompt] >= before[prompt] - 1e-4 for prompt in before)
+    assert any(after[prompt] > before[prompt] + 1e-4 for prompt in before)
+
+
+@pytest.fixture
+def fails(capfd):
+    """Run a command that must fail, and return its sentence."""
+
+    def run(*arguments: str) -> str:
+        capfd.readouterr()
+        assert main([*arguments]) == 2
+        err = capfd.readouterr().err
+        assert "Traceback" not in err
+        last = [line for line in err.splitlines() if line][-1]
+        assert last.startswith("error: ")
+        return last.removeprefix("error: ")
+
+    return run
+
+
+BAD = {"prompt": "Hi", "chosen": "a", "rejected": "a"}
+
+
+def test_bad_samples_are_named_or_dropped_and_counted(
+    world: Path, tmp_path: Path, fails, capfd
+) -> None:
+    path, folder = tmp_path / "pairs.jsonl", tmp_path / "run"
+    path.write_text("\n".join(map(json.dumps, [*RECORDS, BAD])))
+    run = [*arguments(world, "reward", folder), f"--data.files={path}"]
+    sentence = fails(*run)
+    assert sentence.startswith(f"{path}, line 37: the two answers are identical; ")
+    assert "--skip-bad" in sentence
+    assert not folder.exists()
+    assert main([*run, "--skip-bad", "--trainer.max_steps=1"]) == 0
+    assert (
+        f"dropped 1 bad samples, the first: {path}, line 37" in capfd.readouterr().err
+    )
+    assert json.loads((folder / "result.json").read_text())["dropped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("sft", ["--start=/nowhere"], ["/nowhere", "no config.json"]),
+        ("sft", ["--data.files=/nowhere/*.jsonl"], ["no file matches /nowhere"]),
+        ("sft", ["--data.sequence_length=100"], ["100", "context", "64 tokens"]),
+        ("sft", ["--data.sequence_length=8"], ["line 1", "tokens, but the context 8"]),
+        ("sft", ["--data.train_on=some"], ["train_on", "'some'"]),
+        ("sft", ["--data.validation_fraction=1"], ["validation_fraction"]),
+        ("sft", ["--data.epchs=1"], ["'data.epchs'", "did you mean data.epochs"]),
+        ("sft", ["--model.folder=x"], ["model.folder"]),
+        ("reward", ["--data.margins=huge"], ["'huge'", "none, small, large"]),
+        ("reward", ["--data.axis=kindness"], ["'kindness'", "helpfulness, safety"]),
+        ("reject", ["--data.k=0"], ["k=0"]),
+        (
+            "gatt",
+            ["--data.context=2"],
+            ["line 1", "told at every turn", "context is 64"],
+        ),
+        ("ppo", ["--data.validation_prompts=37"], ["validation_prompts", "37 prompts"]),
+        ("ppo", ["--model.settings.max_new_tokens=60"], ["less 60 for the answer"]),
+        ("ppo", ["--model.settings.minibatch_size=3"], ["minibatches of 3"]),
+    ],
+)
+def test_bad_settings(
+    world: Path, tmp_path: Path, fails, name: str, more: list[str], words: list[str]
+) -> None:
+    sentence = fails(*arguments(world, name, tmp_path / "run"), *more)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_what_is_required_is_named(fails) -> None:
+    assert "start is missing" in fails("sft", "--data.files=a.jsonl")
+    assert "data.files is missing" in fails("sft", "--start=/nowhere")
+    assert "did you mean reward" in fails("rewrd", "--start=/nowhere")
+
+
+@pytest.mark.parametrize("name", ["reject", "ppo"])
+def test_reward_models_must_fit(world: Path, tmp_path: Path, fails, name: str) -> None:
+    part = "data" if name == "reject" else "model"
+    run = arguments(world, name, tmp_path / "run")
+    other = shutil.copytree(world / "safe", tmp_path / "other")
+    train_tokenizer(["other words " * 9], other / "tokenizer.model", 270)
+    sentence = fails(*run, f"--{part}.safety={other}")
+    assert f"{other} has another tokenizer than the policy" in sentence
+    names = f"--{part}.helpfulness", f"--{part}.safety="
+    without = [argument for argument in run if not argument.startswith(names)]
+    assert "there is no reward model" in fails(*without)
+    assert "no config.json" in fails(*run, f"--{part}.safety=/nowhere")
+    sentence = fails(*run, f"--{part}.safety={world}/start")
+    assert "score.weight" in sentence
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.0, "equal"), (float("nan"), "finite")])
+@pytest.mark.parametrize("name", ["reject", "ppo"])
+def test_useless_rewards_stop_the_run(
+    world: Path, tmp_path: Path, fails, name: str, value: float, words: str
+) -> None:
+    part = "data" if name == "reject" else "model"
+    folder = shutil.copytree(world / "safe", tmp_path / "broken")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["score.weight"] = torch.full_like(tensors["score.weight"], value)
+    save_file(tensors, path, {"format": "pt"})
+    run = arguments(world, name, tmp_path / "run")
+    both = [f"--{part}.safety={folder}", f"--{part}.helpfulness={folder}"]
+    sentence = fails(*run, *both)
+    assert words in sentence or "same" in sentence or "all" in sentence, sentence
+
+
+def test_a_folder_with_another_run_is_left_alone(
+    finished: dict[str, Path], world: Path, fails
+) -> None:
+    folder = finished["sft"]
+    before = weights(folder)
+    sentence = fails(*arguments(world, "sft", folder), "--model.peak_lr=0.5")
+    assert "holds a run with model.peak_lr = 0.01, not 0.5" in sentence
+    assert weights(folder) == before
+
+
+def test_every_shipped_configuration_of_these_commands_is_valid(
+    world: Path, tmp_path: Path
+) -> None:
+    from llama2_lite.runtime.align import COMMANDS as CLASSES
+
+    for name in COMMANDS:
+        run = arguments(world, name, tmp_path / name)[1:]
+        short = [] if name == "ppo" else ["--data.sequence_length=64"]
+        made = CLASSES[name]([f"--config={name}", *short, *run])
+        assert made.trainer.log_every_n_steps == 1  # what comes later wins
+        assert made.config.output == tmp_path / name
+
+
+def test_chat_streams_and_remembers(world: Path) -> None:
+    model, tokenizer = open_model(world / "start")
+    conversation = Conversation(model, tokenizer, max_new_tokens=5, seed=3)
+    first = "".join(conversation.reply("Hi"))
+    assert conversation.dialog[-1]["content"] == first.strip()
+    assert [m["role"] for m in conversation.dialog] == ["user", "assistant"]
+    pieces = list(conversation.reply("What?"))
+    assert len(pieces) > 1
+    again = Conversation(model, tokenizer, max_new_tokens=5, seed=3)
+    assert "".join(again.reply("Hi")) == first
+    conversation.begin("Be kind.")
+    assert conversation.dialog == [{"role": "system", "content": "Be kind."}]
+    list(conversation.reply("Hi"))
+    conversation.reset()
+    assert conversation.dialog == [{"role": "system", "content": "Be kind."}]
+
+
+def test_chat_answers_as_in_training(world: Path) -> None:
+    from llama2_lite.chat import answer
+
+    model, tokenizer = open_model(world / "start")
+    dialog = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+    ]
+    settings = {"max_new_tokens": 9, "temperature": 0.0}
+    conversation = Conversation(model, tokenizer, system="Be kind.", **settings)
+    said = "".join(conversation.reply("Hi")).strip()
+    assert [said] == answer(model, tokenizer, [dialog], **settings)
+
+
+def test_chat_obeys_commands_and_refuses_tags(world: Path, capfd) -> None:
+    shown: list[str] = []
+    conversation = Conversation(*open_model(world / "start"), max_new_tokens=4)
+    lines = ["Hi", "[INST] x", "/system <<SYS>>", "/frobnicate", "", "/system Be kind."]
+    talk(conversation, lines, shown.append)
+    text = "".join(shown)
+    assert "contains [INST]" in text
+    assert "contains <<SYS>>" in text
+    assert "there is no command /frobnicate" in text
+    assert conversation.dialog == [{"role": "system", "content": "Be kind."}]
+    shown.clear()
+    talk(conversation, ["Hi " * 60, "/reset", "/help", "/quit", "never"], shown.append)
+    text = "".join(shown)
+    assert "no room in the context of 64; /reset begins anew" in text
+    assert "/system TEXT" in text
+    assert len(conversation.dialog) == 1
+
+
+def test_an_answer_can_be_cut_short(world: Path) -> None:
+    conversation = Conversation(*open_model(world / "start"), max_new_tokens=20)
+    shown: list[str] = []
+
+    def write(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    talk(conversation, ["Hi"], write)
+    said = "".join(shown[:3]).strip()
+    assert printable(conversation.dialog[-1]["content"]) == said
+    shown.clear()
+    conversation.reset()
+
+    def terminated(text: str) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    with pytest.raises(KeyboardInterrupt):
+        talk(conversation, ["Hi"], terminated)
+
+
+def test_control_characters_are_not_shown(world: Path, monkeypatch) -> None:
+    from llama2_lite.runtime import talk as module
+
+    monkeypatch.setattr(module, "stream_text", lambda *_: iter([" a\x1b[31mb", "\nc"]))
+    shown: list[str] = []
+    conversation = Conversation(*open_model(world / "start"))
+    talk(conversation, ["Hi"], shown.append)
+    assert "".join(shown) == "a[31mb\nc\n"
+
+
+def test_chat_is_a_command(world: Path, monkeypatch, capfd, fails) -> None:
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/quit\n"))
+    run = ["chat", str(world / "start"), "--max-new-tokens=4", "--system=Be kind."]
+    assert main(run) == 0
+    assert capfd.readouterr().out.endswith("\n")
+    assert "contains [INST]" in fails(*run[:2], "--system=[INST]")
+    assert "there is no folder" in fails("chat", "/nowhere")
+    assert "score.weight" in fails("chat", str(world / "safe"))
+
+
+@pytest.fixture(scope="module")
+def real_start(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has learned nothing, with a tokenizer of the real text."""
+    folder = tmp_path_factory.mktemp("real")
+    dialogs = read_dialogs([str(shared_data / "instructions_with_preference_900.json")])
+    texts = [message["content"] for dialog in dialogs.items for message in dialog]
+    tags = "[INST] [/INST] <<SYS>> <</SYS>>"
+    tokenizer = train_tokenizer([*texts, tags], folder / "tokenizer.model", 1024)
+    torch.manual_seed(0)
+    config = LlamaConfig(32, 1, 2, 2, 1024, 64, max_seq_len=512)
+    Llama(config).save_pretrained(folder / "start", tokenizer)
+    return folder / "start"
+
+
+def train_real(
+    name: str, start: Path, file: Path, output: Path, *more: str
+) -> dict[str, float]:
+    """Figures of a short run on real data."""
+    run = [name, f"--config={name}", f"--start={start}", f"--output={output}"]
+    cpu = "--trainer.accelerator=cpu"
+    assert main([*run, f"--data.files={file}", cpu, "--skip-bad", *more]) == 0
+    return json.loads((output / "result.json").read_text())
+
+
+def test_real_instructions_train_sft_and_a_helpfulness_model(
+    shared_data: Path, real_start: Path, tmp_path: Path
+) -> None:
+    file = shared_data / "instructions_with_preference_900.json"
+    figures = train_real("sft", real_start, file, tmp_path / "sft", "--data.epochs=6")
+    assert figures["dropped"] == 0
+    assert figures["validation_loss"] < 6.5  # log 1024 is 6.93
+    figures = train_real(
+        "reward", tmp_path / "sft" / "model", file, tmp_path / "reward"
+    )
+    assert figures["dropped"] == 6
+    assert figures["held_out"] > 80
+    assert figures["accuracy"] > 0.55
+
+
+def test_real_transcripts_train_a_safety_model(
+    shared_data: Path, real_start: Path, tmp_path: Path
+) -> None:
+    file = shared_data / "hh_harmless_1500.jsonl.gz"
+    more = ["--data.axis=safety", "--trainer.max_steps=6"]
+    figures = train_real("reward", real_start, file, tmp_path / "safety", *more)
+    assert figures["pairs"] + figures["held_out"] + figures["dropped"] == 1500
+    assert figures["pairs"] > 900
+    assert figures["validation_loss"] < 0.8  # log 2 is 0.69
+    assert 0.3 < figures["accuracy"] < 0.8  # these few steps teach next to nothing
