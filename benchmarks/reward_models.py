@@ -23,7 +23,6 @@ import torch
 
 from llama2_lite.chat import Example, collate, encode_dialog
 from llama2_lite.corpus import TokenDataset
-from llama2_lite.generation import for_decoding
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import (
     best_precision,
@@ -35,7 +34,6 @@ from llama2_lite.reward import (
     PreferenceDataset,
     RewardModel,
     answered,
-    collect_preferences,
     count_right,
     dialogs_of,
     draw_tasks,
@@ -46,6 +44,7 @@ from llama2_lite.reward import (
     score_pairs,
     written_preferences,
 )
+from llama2_lite.runtime.alignment import HARMLESS, AlignmentStages, aligned
 from llama2_lite.runtime.artifacts import write_result
 from llama2_lite.runtime.tour import tour_artifacts
 from llama2_lite.runtime.training import prepare_process
@@ -53,13 +52,13 @@ from llama2_lite.sft import sample_demonstrations
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Annotators, Oracle, Preference, Task, Town, build_town
 
-HARMLESS = ["fact", "sum", "opposite", "list", "story", "howto", "borderline"]
 CONFIG: dict[str, Any] = {
-    "helpful_requests": 2500,
-    "safety_requests": 1600,
-    "test_requests": 1500,
-    "helpful_kinds": HARMLESS,
-    "safety_kinds": ["unsafe"] * 7 + HARMLESS,
+    "train_helpfulness_pairs": 5000,
+    "train_safety_pairs": 3000,
+    "refusals_pairs": 1000,
+    "held_out_helpfulness_pairs": 800,
+    "held_out_safety_pairs": 800,
+    "written_test_pairs": 200,
     "part": 0.7,
     "peak_lr": 2e-3,
     "batch_size": 64,
@@ -134,36 +133,29 @@ class Pairs:
     tests: dict[str, list[Preference]]
 
 
-def collect(town: Town, oracle: Oracle, start: Path, tokenizer: Tokenizer) -> Pairs:
-    """All pairs of the study."""
-    model = [for_decoding(Llama.from_pretrained(start))]
-    n_helpful, n_safety = CONFIG["helpful_requests"], CONFIG["safety_requests"]
-    n_test = CONFIG["test_requests"]
-    kinds = {"helpfulness": CONFIG["helpful_kinds"], "safety": CONFIG["safety_kinds"]}
+def collect(town: Town, stages: AlignmentStages) -> Pairs:
+    """All pairs of the study: a part of the tour's, and some written ones."""
+    oracle, n_written = Oracle(town), CONFIG["written_test_pairs"]
 
-    def sampled(axis: str, n: int, split: str, seed: int) -> list[Preference]:
-        tasks = draw_tasks(town, n, kinds[axis], seed, split)
-        annotators = Annotators(oracle, seed)
-        more: dict[str, Any] = {"axis": axis, "seed": seed}
-        more["references"] = split == "train"
-        return collect_preferences(model, tokenizer, tasks, annotators, **more)
+    def some(name: str) -> list[Preference]:
+        pairs = stages.read_pairs(name)
+        return Random(name).sample(pairs, min(len(pairs), CONFIG[f"{name}_pairs"]))
 
     def written(axis: str, n: int, split: str, flaws: list[str]) -> list[Preference]:
-        kind = HARMLESS if axis == "helpfulness" else ["unsafe"]
-        tasks = draw_tasks(town, n, kind, 9, split)
+        kinds = HARMLESS if axis == "helpfulness" else ["unsafe"]
+        tasks = draw_tasks(town, n, kinds, 9, split)
         annotators = Annotators(oracle, 9)
         return written_preferences(town, tasks, annotators, axis=axis, flaws=flaws)
 
     flaws = ["wrong", "off_topic", "rude", "evasive", "terse"]
-    n_written = n_test // 4
     return Pairs(
-        sampled("helpfulness", n_helpful, "train", 1),
-        sampled("safety", n_safety, "train", 2),
-        written("helpfulness", n_helpful, "train", flaws),
-        written("helpfulness", n_safety, "train", ["refusal"]),
+        some("train_helpfulness"),
+        some("train_safety"),
+        written("helpfulness", CONFIG["train_helpfulness_pairs"], "train", flaws),
+        some("refusals"),
         {
-            "helpfulness": sampled("helpfulness", n_test, "held_out", 3),
-            "safety": sampled("safety", n_test, "held_out", 4),
+            "helpfulness": some("held_out_helpfulness"),
+            "safety": some("held_out_safety"),
             "written helpfulness": written("helpfulness", n_written, "held_out", flaws),
             "written safety": written("safety", n_written, "held_out", ["unsafe"]),
         },
@@ -213,8 +205,8 @@ class GateTests:
 def gate_tests(town: Town) -> GateTests:
     """Written answers to held-out requests."""
     random = Random(0)
-    harmless = draw_tasks(town, 600, HARMLESS, 11, "held_out")
-    unsafe = draw_tasks(town, 300, ["unsafe"], 12, "held_out")
+    harmless = draw_tasks(town, 300, HARMLESS, 11, "held_out")
+    unsafe = draw_tasks(town, 150, ["unsafe"], 12, "held_out")
 
     def bad(tasks: list[Task], flaw: str) -> list[Any]:
         return [
@@ -318,7 +310,7 @@ def judge_pairs(
             some = order[start : start + 128]
             tokens, lengths = pad_rows([rows[i] for i in some])
             hidden = model(tokens, return_hidden=True)
-            last = model.output(hidden[torch.arange(len(some)), lengths - 1])
+            last = model.output(hidden[torch.arange(len(some)), lengths - 1]).float()
             a, b = (last[:, letter] for letter in letters)
             totals[some] += b - a if swapped else a - b
     return totals, torch.zeros(len(pairs))
@@ -336,7 +328,7 @@ def likelihoods(
     for start in range(0, len(order), 128):
         some = order[start : start + 128]
         batch = collate([[examples[i]] for i in some])
-        logits = model(batch.tokens[:, :-1]).log_softmax(-1)
+        logits = model(batch.tokens[:, :-1]).float().log_softmax(-1)
         found = logits.gather(2, batch.tokens[:, 1:, None])[:, :, 0]
         learn = batch.loss_mask[:, 1:]
         means[some] = (found * learn).sum(1) / learn.sum(1)
@@ -419,9 +411,14 @@ def variants(
 
 
 def study_models(
-    town: Town, pairs: Pairs, start: Path, tokenizer: Tokenizer, seeds: Sequence[int]
-) -> dict[str, Any]:
-    """All variants at the size of the tour."""
+    town: Town,
+    pairs: Pairs,
+    start: Path,
+    tokenizer: Tokenizer,
+    seeds: Sequence[int],
+    save: Callable[[Any, Sequence[int]], None],
+) -> None:
+    """All variants at the size of the tour; saved after each seed."""
     gate, tests = gate_tests(town), pairs.tests
     results: dict[str, list[Any]] = {}
 
@@ -430,6 +427,9 @@ def study_models(
         print(name, short(figures), file=sys.stderr, flush=True)
         results.setdefault(name, []).append(figures)
 
+    chat = Llama.from_pretrained(start)
+    note("likelihood", partial(likelihoods, chat, tokenizer))
+    note("A or B, asked", partial(judge_pairs, chat, tokenizer))
     for seed in seeds:
         for name, (some, margins, weight) in variants(town, pairs, seed).items():
             model = train(start, tokenizer, some, seed, margins, weight)
@@ -441,10 +441,7 @@ def study_models(
         note("bag of words", train_bag_of_words(tokenizer, helpful))
         judge = train_judge(start, tokenizer, helpful, seed)
         note("A or B, fine-tuned", partial(judge_pairs, judge, tokenizer))
-    chat = Llama.from_pretrained(start)
-    note("likelihood", partial(likelihoods, chat, tokenizer))
-    note("A or B, asked", partial(judge_pairs, chat, tokenizer))
-    return results
+        save(results, seeds[: seeds.index(seed) + 1])
 
 
 def is_unsafe(town: Town, pair: Preference) -> bool:
@@ -504,32 +501,35 @@ def study_scaling(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--start", help="chat model; the tour's if left out")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--scale", type=float, default=1, help="less than 1: a trial")
     parser.add_argument("--only", choices=["models", "scaling"])
     args = parser.parse_args()
-    for name in ("helpful_requests", "safety_requests", "test_requests", *FOR_SCALING):
+    for name in (*FOR_SCALING, *(key for key in CONFIG if key.endswith("_pairs"))):
         CONFIG[name] = round(args.scale * CONFIG[name])
     prepare_process()
-    stages = tour_artifacts()
-    start, seeds = Path(args.start or stages["sft"]), SEEDS[: args.seeds]
+    stages, seeds = aligned(), SEEDS[: args.seeds]
+    start = stages.sft().path
     town, tokenizer = build_town(), Tokenizer(start / "tokenizer.model")
-    pairs = collect(town, Oracle(town), start, tokenizer)
+    pairs = collect(town, stages)
     modules = ["town", "tokenizer", "layers", "attention", "model", "generation"]
     modules += ["pretraining", "chat", "sft", "reward"]
     shared = {"config": CONFIG, "seeds": seeds, "modules": modules, "script": __file__}
     if args.only != "scaling":
-        results = study_models(town, pairs, start, tokenizer, seeds)
         counts = {
             name: count_labels(some)
             for name, some in (*vars(pairs).items(), *pairs.tests.items())
             if name != "tests"
         }
-        results = {"counts": counts, "models": results}
-        write_result(RESULTS / "reward_models.json", results=results, **shared)
+
+        def save(results: Any, done: Sequence[int]) -> None:
+            found = {"counts": counts, "models": results}
+            path = RESULTS / "reward_models.json"
+            write_result(path, results=found, **shared | {"seeds": done})
+
+        study_models(town, pairs, start, tokenizer, seeds, save)
     if args.only != "models":
-        shards = stages["corpus"] / "train"
+        shards = tour_artifacts()["corpus"] / "train"
         results = study_scaling(town, pairs, shards, start, tokenizer, seeds[:2])
         shared["modules"] = [*modules, "corpus"]
         write_result(RESULTS / "reward_scaling.json", results=results, **shared)
