@@ -1,0 +1,177 @@
+"""Does an instruction hold for twenty turns? `python benchmarks/ghost_attention.py`.
+
+The tour's model that obeys for one turn is trained as the tour does it, and in other
+ways that chapter 16 compares with it. Each is then asked, told once, to obey in
+dialogues of held-out requests: instructions that it was trained on, and others.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import Trainer
+
+from llama2_lite.ghost_attention import (
+    GhostAttentionModule,
+    GhostDataset,
+    Tree,
+    Visit,
+    converse,
+    count_obeyed,
+    grow_tree,
+    plan_visits,
+)
+from llama2_lite.model import Llama
+from llama2_lite.pretraining import best_precision
+from llama2_lite.runtime.alignment import aligned
+from llama2_lite.runtime.artifacts import write_result
+from llama2_lite.runtime.ghost import RECIPE, Served, ghost_data, sample_ghosts, told
+from llama2_lite.runtime.judge import Evaluation
+from llama2_lite.runtime.training import TRAINER_DEFAULTS, precision
+from llama2_lite.tokenizer import Tokenizer
+from llama2_lite.town import SystemInstruction, build_town, system_instructions
+
+CONFIG: dict[str, Any] = {
+    "tests": {"trained on": 44, "not trained on": 24},
+    "turns": 20,
+    "length": 900,
+    "kinds": ["fact", "sum", "opposite"],
+}
+SEEDS = [0]
+SHAPES = ("never", "all learned")
+OUTPUT = Path(__file__).parents[1] / "book" / "results" / "ghost_attention.json"
+TOWN = build_town()
+
+
+class Shaped(GhostDataset):
+    """Trees of one shape only.
+
+    Args:
+        shape: with "never" and "all learned", the dialogue never goes on from a reply
+            that obeys; with the latter, its own answers are learned too.
+    """
+
+    def __init__(self, shape: str, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.shape = shape
+
+    def _tree(self, position: int) -> Tree:
+        epoch, place = divmod(position, len(self))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        turns = self.dialogs[order[place]]
+        tree = grow_tree(turns, [False] * len(turns))
+        end = 0
+        for turn in turns if self.shape == "all learned" else []:
+            start = end + len(turn.request)
+            end = start + len(turn.answer)
+            tree.learn[start:end] = [True] * len(turn.answer)
+        return tree
+
+
+def train(folder: Path, data: Served) -> Llama:
+    """Fine-tune the model of a folder."""
+    module = GhostAttentionModule(folder, RECIPE.lr, RECIPE.warmup)
+    trainer = Trainer(
+        max_steps=RECIPE.steps,
+        precision=best_precision(),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        **TRAINER_DEFAULTS,
+    )
+    trainer.fit(module, datamodule=data)
+    return module.model.eval()
+
+
+def visits_of(
+    tokenizer: Tokenizer, told_of: list[SystemInstruction], n_dialogs: int, seed: int
+) -> list[Visit]:
+    """Held-out requests for dialogues of the turns that are tested."""
+    tasks = TOWN.tasks("held_out", CONFIG["kinds"])
+    size = CONFIG["turns"], CONFIG["length"]
+    return plan_visits(tokenizer, tasks, told_of, n_dialogs, *size, seed=seed)
+
+
+def obeyed(
+    model: Llama, tokenizer: Tokenizer, visits: list[Visit], seed: int
+) -> list[list[int]]:
+    """For each turn: how many answers obeyed, of how many."""
+    with precision():
+        answers = converse(model, tokenizer, visits, seed=seed)
+    return [list(counts) for counts in count_obeyed(visits, answers)]
+
+
+def alone(model: Llama, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
+    """What answers to single requests, without instruction, are worth."""
+    evaluation = Evaluation(TOWN, seed)
+    with precision():
+        answers = evaluation.answers(model, tokenizer)
+    return dict(evaluation.figures(evaluation.judge(answers)))
+
+
+def study(folder: Path, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
+    """One seed: everything that chapter 16 shows."""
+    tests = CONFIG["tests"]
+    visits = {
+        test: visits_of(tokenizer, system_instructions(split), tests[test], seed)
+        for test, split in (("trained on", "train"), ("not trained on", "held_out"))
+    }
+    before = Llama.from_pretrained(folder)
+    started = time.perf_counter()
+    ghosts = sample_ghosts(before, tokenizer, TOWN, RECIPE, seed)
+    replies = [reply is not None for ghost in ghosts for reply in ghost.replies]
+    sampled = time.perf_counter()
+
+    def data(kind: Callable[..., GhostDataset] = GhostDataset) -> Served:
+        return ghost_data(ghosts, tokenizer, RECIPE, seed, kind)
+
+    after = train(folder, data())
+    trained = time.perf_counter()
+    figures: dict[str, Any] = {
+        "seconds": {"sampling": sampled - started, "training": trained - sampled},
+        "replies kept": sum(replies) / len(replies),
+    }
+    for name, model in (("without", before), ("with", after)):
+        figures[name] = {
+            "alone": alone(model, tokenizer, seed),
+            "obeyed": {
+                test: obeyed(model, tokenizer, planned, seed)
+                for test, planned in visits.items()
+            },
+        }
+    for shape in SHAPES:
+
+        def shaped(*args: Any, shape: str = shape, **options: Any) -> GhostDataset:
+            return Shaped(shape, *args, **options)
+
+        model = train(folder, data(shaped))
+        found = obeyed(model, tokenizer, visits["trained on"], seed)
+        figures[shape] = {"obeyed": {"trained on": found}}
+    return figures
+
+
+def main() -> None:
+    stages = aligned()
+    folder = told(stages).path
+    tokenizer = stages.tokenizer()
+    results = {}
+    for seed in SEEDS:
+        results[str(seed)] = study(folder, tokenizer, seed)
+        print(seed, results[str(seed)], file=sys.stderr, flush=True)
+    write_result(
+        OUTPUT,
+        config=CONFIG | {"recipe": asdict(RECIPE)},
+        seeds=SEEDS,
+        modules=["town", "model", "generation", "chat", "sft", "ghost_attention"],
+        script=__file__,
+        results=results,
+    )
+
+
+if __name__ == "__main__":
+    main()
