@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2_lite.runtime.dialogs import (
@@ -234,6 +234,7 @@ json_values = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text(), json_values), min_size=1), st.booleans())
+@settings(max_examples=40)
 def test_lists_in_json_are_read_with_their_lines(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict], indents: bool
 ) -> None:

@@ -60,7 +60,6 @@ def explain(message: str, parser: ArgumentParser) -> str:
         return f"there is no key {key!r}{hint}"
     missing = re.search(r'Parser key "(.*)":.*Got value: None', message, re.DOTALL)
     missing = missing or re.search(r'Key "(.*)" is required', message)
-    missing = missing or re.search(r"arguments are required: (\S+)", message)
     if missing:
         return f"{missing[1]} is missing: give --{missing[1]} or a --config with it"
     if expected := re.search(r'Parser key "(.*)":\s*(.*)', message, re.DOTALL):
