@@ -38,7 +38,9 @@ def recipe(tmp_path_factory):
 def toured(recipe, tmp_path_factory):
     """A finished tour."""
     folder = tmp_path_factory.mktemp("runs") / "tour"
-    assert main(["tour", f"--folder={folder}", f"--config={recipe}"]) == 0
+    assert (
+        main(["tour", "--base-only", f"--folder={folder}", f"--config={recipe}"]) == 0
+    )
     return folder
 
 
@@ -62,7 +64,9 @@ def test_nothing_is_made_twice(toured, recipe, capfd):
     times = {
         path: path.stat().st_mtime_ns for path in files if "report" not in path.name
     }
-    assert main(["tour", f"--folder={toured}", f"--config={recipe}"]) == 0
+    assert (
+        main(["tour", "--base-only", f"--folder={toured}", f"--config={recipe}"]) == 0
+    )
     out, err = capfd.readouterr()
     assert "facts recalled" in out
     assert "pretraining" not in err
@@ -74,7 +78,9 @@ def test_what_depends_on_a_change_is_made_again(toured, recipe, tmp_path, capfd)
     changed = tmp_path / "changed.yaml"
     changed.write_text(yaml.safe_dump(TINY | {"max_steps": 4}))
     capfd.readouterr()
-    assert main(["tour", f"--folder={folder}", f"--config={changed}"]) == 0
+    assert (
+        main(["tour", "--base-only", f"--folder={folder}", f"--config={changed}"]) == 0
+    )
     err = capfd.readouterr().err
     assert "base: pretraining" in err
     assert "tokenizer: learning" not in err

@@ -5,6 +5,8 @@ chapters; `llama2_lite.runtime.judge` says what it is worth.
 """
 
 import json
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,18 +34,28 @@ from llama2_lite.reward import (
     RewardModel,
     RewardModule,
     collect_preferences,
+    count_right,
     draw_tasks,
     mix_pairs,
+    score_pairs,
     written_preferences,
 )
 from llama2_lite.runtime.artifacts import Artifact, artifact, write_json
 from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.judge import Evaluation, Share, share
 from llama2_lite.runtime.progress import TrainingProgress
-from llama2_lite.runtime.tour import Recipe, Stages, default_folder
-from llama2_lite.runtime.training import Clock, fit, prepare_process, trainer_parts
+from llama2_lite.runtime.report import print_gains
+from llama2_lite.runtime.tour import (
+    Recipe,
+    Stages,
+    default_folder,
+    note_seconds,
+    read_seconds,
+)
+from llama2_lite.runtime.training import fit, prepare_process, trainer_parts
 from llama2_lite.sft import DialogDataModule, SupervisedModule, sample_demonstrations
 from llama2_lite.tokenizer import Tokenizer
-from llama2_lite.town import Annotators, Oracle, Preference
+from llama2_lite.town import LEVELS, Annotators, Oracle, Preference
 
 HARMLESS = ("fact", "sum", "opposite", "list", "story", "howto", "borderline")
 CONTEXT = 256  # more than any prompt of the town with its answer
@@ -138,7 +150,7 @@ class AlignmentRecipe:
         path = find_config(str(path or "alignment"))
         try:
             found = parser.parse_object(read_yaml(path) or {})
-            return cls(**vars(parser.instantiate_classes(found)))
+            return cls(**vars(parser.instantiate(found)))
         except Exception as error:
             raise ValueError(f"{path}: {explain(str(error), parser)}") from None
 
@@ -163,7 +175,12 @@ class AlignmentStages:
         config = {**config, "seed": self.seed}
 
         def make(build: Any) -> Artifact:
-            return artifact(self.folder, name, config, inputs, modules, build)
+            def timed(folder: Path) -> None:
+                started = time.perf_counter()
+                build(folder)
+                note_seconds(folder, time.perf_counter() - started)
+
+            return artifact(self.folder, name, config, inputs, modules, timed)
 
         return make
 
@@ -181,13 +198,13 @@ class AlignmentStages:
         validate_every: int | None = None,
     ) -> None:
         """Train in a folder and leave the model there."""
-        clock, tokenizer = Clock(), self.tokenizer()
+        tokenizer = self.tokenizer()
         parts = trainer_parts(
             folder,
             folder,
             lambda: tokenizer,
             checkpoint_every=100,
-            callbacks=[TrainingProgress(label, self.stages.console), clock],
+            callbacks=[TrainingProgress(label, self.stages.console)],
         )
         trainer = Trainer(
             **parts,
@@ -198,7 +215,7 @@ class AlignmentStages:
         )
         self.stages.say(f"{label}: {max_steps} steps")
         fit(trainer, module, data, folder, self.stages.say)
-        write_json(folder / "seconds.json", clock.elapsed())
+        shutil.rmtree(folder / "checkpoints")
 
     def sft(self) -> Artifact:
         """``sft``: the base model after demonstrations, good and bad."""
@@ -383,6 +400,75 @@ class AlignmentStages:
             self._train(folder, "ppo", module, data, recipe.iterations, 10)
 
         return made
+
+    def judgement(self) -> Artifact:
+        """``judgement/stages.json``: what each stage won, by the oracle."""
+        models = {
+            "base": self.stages.base(),
+            "sft": self.sft(),
+            "rejection": self.rejection(),
+            "ppo": self.ppo(),
+        }
+        rewards = [self.reward(axis) for axis in ("helpfulness", "safety")]
+
+        @self._artifact(
+            "judgement",
+            {},
+            [*models.values(), *rewards],
+            *("chat", "generation", "town", "reward", "runtime.judge"),
+        )
+        def made(folder: Path) -> None:
+            self.stages.say("judgement: what each stage won")
+            evaluation, found = Evaluation(self.town, self.seed), {}
+            for name, stage in models.items():
+                model = for_decoding(Llama.from_pretrained(stage.path))
+                answers = evaluation.answers(model, self.tokenizer())
+                found[name] = evaluation.judge(answers)
+            stages: dict[str, Any] = {
+                name: {"shares": evaluation.figures(judgement)}
+                for name, judgement in found.items()
+            }
+            for name in ("rejection", "ppo"):
+                against = evaluation.compare(found[name], found["sft"])
+                stages[name]["against sft"] = against
+            accuracy = {
+                axis: self._accuracy(axis) for axis in ("helpfulness", "safety")
+            }
+            content = {"stages": stages, "accuracy": accuracy}
+            write_json(folder / "stages.json", content)
+
+        return made
+
+    def _accuracy(self, axis: str) -> dict[str, Share]:
+        """How many held-out pairs a reward model ranks right, by level."""
+        pairs = self.read_pairs(f"held_out_{axis}")
+        model = RewardModel.from_pretrained(self.reward(axis).path)
+        scores = score_pairs(model, self.tokenizer(), pairs)
+        counts = count_right(*scores, [pair.level for pair in pairs])
+        return {level: share(*counts[level]) for level in LEVELS}
+
+
+def finish_tour(
+    folder: str | Path, seed: int = 0, base_recipe: str | Path | None = None
+) -> dict[str, Any]:
+    """Make the stages after the base model, print what each won, and note it.
+
+    The figures are added to ``report.json``.
+    """
+    stages = Stages(folder, Recipe.read(base_recipe), seed)
+    alignment = AlignmentStages(stages, AlignmentRecipe.read(), seed)
+    path = alignment.judgement().path / "stages.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    seconds = {
+        name: read_seconds(stages.folder / name)
+        for name in ("sft", "preferences", "helpfulness", "safety", "rejection", "ppo")
+    }
+    report = json.loads((stages.folder / "report.json").read_text("utf-8"))
+    report["minutes"] |= {name: value / 60 for name, value in seconds.items()}
+    report |= found
+    write_json(stages.folder / "report.json", report)
+    print_gains(report, seconds)
+    return report
 
 
 def aligned(

@@ -36,13 +36,16 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     tour = commands.add_parser(
         "tour",
-        help="train a tokenizer and a Llama on the built-in town, in minutes",
-        description="Train a tokenizer and a Llama on the built-in town. Stopped at "
-        "any moment, the same command continues.",
+        help="train a Llama and a chat model on the built-in town, in minutes",
+        description="Train a tokenizer and a Llama on the built-in town, and a chat "
+        "model from it. Stopped at any moment, the same command continues.",
     )
     tour.add_argument("--folder", default="runs/tour", help="(%(default)s)")
     tour.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     tour.add_argument("--config", help="another recipe than configs/tour.yaml")
+    tour.add_argument(
+        "--base-only", action="store_true", help="stop after the base model"
+    )
     for name, summary in SUMMARIES.items():
         commands.add_parser(name, help=summary)
     generate = commands.add_parser(
@@ -182,6 +185,10 @@ def run_tour(options: argparse.Namespace) -> None:
     from llama2_lite.runtime.tour import tour
 
     tour(options.folder, seed=options.seed, recipe=options.config)
+    if not options.base_only:
+        from llama2_lite.runtime.alignment import finish_tour
+
+        finish_tour(options.folder, options.seed, options.config)
 
 
 def run_generate(options: argparse.Namespace) -> None:
