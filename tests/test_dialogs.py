@@ -102,6 +102,9 @@ def test_our_own_layout(tmp_path: Path) -> None:
     )
     assert read_dialogs([path]).items == [dialog] * 3
     assert read_prompts([path]).items == [prompt]
+    table = str(tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist([{"dialog": dialog}] * 2), table)
+    assert read_dialogs([table]).items == [dialog] * 2
     level, safety_bin = next(iter(LEVELS)), SAFETY_BINS[1]
     texts = {"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}
     path = write_lines(

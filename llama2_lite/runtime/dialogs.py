@@ -4,8 +4,8 @@ Each record says by its fields what layout it has:
 
 - our own: ``{"dialog": [...]}`` (or ``messages``) with messages of a ``role`` (system,
   user, assistant) and a ``content``; ``{"prompt", "chosen", "rejected"}`` with an
-  optional ``level`` and ``safety_bin``, where the prompt is a text or a list of
-  messages; and ``{"prompt"}`` alone;
+  optional ``level`` and ``safety_bin`` (in the words of `llama2_lite.town`), where the
+  prompt is a text or a list of messages; and ``{"prompt"}`` alone;
 - HH-RLHF: ``chosen`` and ``rejected`` are whole transcripts, which differ in their last
   answer; either as text with ``Human:`` and ``Assistant:`` or as lists of messages;
 - Alpaca: ``instruction``, ``input`` and ``output``, or ``chosen`` and ``rejected``
