@@ -7,7 +7,7 @@ then `make export`.
 import re
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def instruct_every_turn(dialog: Dialog, instruction: str) -> list[Dialog]:
         ValueError: see `split_turns`.
     """
     system = {"role": "system", "content": instruction}
-    return [[system, *turn] for turn in split_turns(dialog)]  # type: ignore[list-item]
+    return [[system, *turn] for turn in split_turns(dialog)]
 
 
 def train_first_turn_only(dialog: Dialog, instruction: str) -> Dialog:
@@ -141,17 +141,14 @@ def chat_about(
     answers = answer(
         model,
         tokenizer,
-        prompts,  # type: ignore[arg-type]
+        prompts,
         temperature=temperature,
         seed=seed,
     )
     turns = [
         task.dialog(text or "...") for task, text in zip(drawn, answers, strict=True)
     ]
-    return [
-        join_turns(turns[i : i + n_turns])  # type: ignore[arg-type]
-        for i in range(0, len(turns), n_turns)
-    ]
+    return [join_turns(turns[i : i + n_turns]) for i in range(0, len(turns), n_turns)]
 
 
 class GhostDialog(NamedTuple):
@@ -336,7 +333,7 @@ def collate_trees(trees: Sequence[Tree]) -> GhostBatch:
     batch[3] -= 1
     for row, tree in enumerate(trees):
         for columns, values in zip(batch, tree, strict=True):
-            columns[row, : len(values)] = values
+            columns[row, : len(tree.ids)] = np.asarray(values)
     tokens, learn, *rest = map(torch.from_numpy, batch)
     return GhostBatch(tokens, learn.bool(), *rest)
 
@@ -415,7 +412,8 @@ class GhostDataset:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
         turns = self.dialogs[order[place]]
         random = np.random.default_rng([self.seed, epoch, place])
-        return grow_tree(turns, random.random(len(turns)) < random.random())
+        keep_reply = random.random(len(turns)) < random.random()
+        return grow_tree(turns, keep_reply.tolist())
 
 
 class GhostAttentionModule(SupervisedModule):
@@ -465,7 +463,7 @@ def plan_visits(
         for _ in range(1000):
             drawn = draw_tasks(tasks, n_turns, random)
             turns = [task.dialog(instruction.apply(task.reference)) for task in drawn]
-            said = join_turns(turns)  # type: ignore[arg-type]
+            said = join_turns(turns)
             told = train_first_turn_only(said, instruction.text)
             if len(encode_dialog(told, tokenizer).ids) <= length:
                 visits.append(Visit(instruction, drawn))
@@ -533,13 +531,13 @@ def count_obeyed(
 @torch.no_grad()
 def strongest_attention(model: Llama, ids: Sequence[int]) -> Tensor:
     """The largest weight of all layers and heads, from each token to each, (T, T)."""
-    inputs: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
-    hooks = [
-        layer.attention.register_forward_pre_hook(
-            lambda module, args: inputs.append((module, args))
-        )
-        for layer in model.layers
-    ]
+    inputs: list[tuple[Any, tuple[Tensor, ...]]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append((module, args))
+
+    layers: list[Any] = list(model.layers)
+    hooks = [layer.attention.register_forward_pre_hook(note) for layer in layers]
     tokens = torch.tensor([ids], device=model.norm.weight.device)
     model(tokens, return_hidden=True)
     for hook in hooks:

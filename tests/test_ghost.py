@@ -137,8 +137,8 @@ class Tiny:
         self.stages: Any = SimpleNamespace(say=lambda text: None, console=None)
         self.trained: list[tuple[str, int]] = []
 
-    def sft(self) -> Artifact:
-        return Artifact(self.start, "sft")
+    def rejection(self) -> Artifact:
+        return Artifact(self.start, "rejection")
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.start / "tokenizer.model")
@@ -170,4 +170,6 @@ def test_the_stages_follow_each_other_and_are_kept(tmp_path, folder, town, monke
     assert stages.trained == [("told", 8), ("ghost", 4)]
     assert (made.path / "model.safetensors").is_file()
     assert ghost.ghost(stages, TINY) == made
+    found = ghost.read_ghosts(made.path)
+    assert [len(one.replies) for one in found] == [2] * 6 + [4] * 2
     assert len(stages.trained) == 2

@@ -4,6 +4,7 @@ First the model learns to obey an instruction in the turn at hand, from written 
 then to keep to it, from its own replies.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from llama2_lite.ghost_attention import (
 from llama2_lite.model import Llama
 from llama2_lite.pretraining import MixedLengthLoader
 from llama2_lite.runtime.alignment import AlignmentStages
-from llama2_lite.runtime.artifacts import Artifact
+from llama2_lite.runtime.artifacts import Artifact, write_json
 from llama2_lite.runtime.training import precision
 from llama2_lite.sft import SupervisedModule
 from llama2_lite.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class GhostRecipe:
         steps, lr, warmup: of the training.
     """
 
-    start: str = "sft"
+    start: str = "rejection"
     demonstrations: int = 4000
     rows: int = 16
     told_lr: float = 1e-3
@@ -64,6 +65,7 @@ class GhostRecipe:
 
 
 RECIPE = GhostRecipe()
+DIALOGS = "dialogs.json"
 MODULES = ("town", "chat", "sft", "ghost_attention", "runtime.ghost")
 
 
@@ -84,7 +86,7 @@ def told_demonstrations(
     for task in draw_tasks(town.tasks("train"), n, random):
         instruction = next(dealt)
         text = random.choice([instruction.text, instruction.short])
-        turn: Dialog = task.dialog(instruction.apply(task.reference))  # type: ignore[assignment]
+        turn: Dialog = task.dialog(instruction.apply(task.reference))
         dialogs.append([{"role": "system", "content": text}, *turn])
     return dialogs
 
@@ -226,6 +228,12 @@ def told(stages: AlignmentStages, recipe: GhostRecipe = RECIPE) -> Artifact:
     return made
 
 
+def read_ghosts(folder: Path) -> list[GhostDialog]:
+    """The dialogues that the stage ``ghost`` was trained on."""
+    records = json.loads((folder / DIALOGS).read_text("utf-8"))
+    return [GhostDialog(*record) for record in records]
+
+
 def ghost(stages: AlignmentStages, recipe: GhostRecipe = RECIPE) -> Artifact:
     """``ghost``: a chat model that keeps to an instruction for a whole dialogue."""
     start = told(stages, recipe)
@@ -235,7 +243,10 @@ def ghost(stages: AlignmentStages, recipe: GhostRecipe = RECIPE) -> Artifact:
         tokenizer = stages.tokenizer()
         stages.stages.say("ghost: dialogues, and replies that obey")
         model = Llama.from_pretrained(start.path)
-        ghosts = sample_ghosts(model, tokenizer, stages.town, recipe, stages.seed)
+        if not (folder / DIALOGS).is_file():
+            sampled = sample_ghosts(model, tokenizer, stages.town, recipe, stages.seed)
+            write_json(folder / DIALOGS, sampled)
+        ghosts = read_ghosts(folder)
         data = ghost_data(ghosts, tokenizer, recipe, stages.seed)
         module = GhostAttentionModule(start.path, recipe.lr, recipe.warmup)
         stages._train(folder, "ghost", module, data, recipe.steps)
