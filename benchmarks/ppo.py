@@ -72,8 +72,8 @@ class FixedLength(PPOModule):
         return drawn.ids, texts, torch.ones(len(ids), dtype=torch.bool)
 
 
-class Clock(Callback, TrainerCallback):
-    """Seconds of each iteration, for either side."""
+class Clock:
+    """Seconds of each iteration."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -89,13 +89,21 @@ class Clock(Callback, TrainerCallback):
         self.seconds.append(now - self.last)
         self.last = now
 
-    def on_train_start(self, trainer, module):  # Lightning's names
+
+class OurClock(Clock, Callback):
+    """For Lightning."""
+
+    def on_train_start(self, *args):
         self.start()
 
     def on_train_batch_end(self, *args):
         self.tick()
 
-    def on_train_begin(self, *args, **kwargs):  # transformers' names
+
+class TheirClock(Clock, TrainerCallback):
+    """For transformers."""
+
+    def on_train_begin(self, *args, **kwargs):
         self.start()
 
     def on_step_end(self, *args, **kwargs):
@@ -138,7 +146,7 @@ def our_side(
     data.n_tokens = sum(len(prompt.ids) for prompt in prompts)
 
     def run(n_iterations: int) -> list[float]:
-        clock = Clock()
+        clock = OurClock()
         trainer = Trainer(
             max_steps=n_iterations,
             precision=precision,
@@ -180,7 +188,7 @@ def their_side(
         )
 
     def run(n_iterations: int) -> list[float]:
-        clock = Clock()
+        clock = TheirClock()
         policy, reference = (
             LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
             for _ in range(2)
@@ -280,9 +288,9 @@ def main() -> None:
     prepare_process()
     logging.disable(logging.WARNING)
     if arguments.chat is None:
-        from llama2_lite.runtime.tour import tour_artifacts
+        from llama2_lite.runtime.alignment import aligned
 
-        arguments.chat = tour_artifacts()["sft"]
+        arguments.chat = aligned().sft().path
     results = []
     with tempfile.TemporaryDirectory() as name:
         cases = [

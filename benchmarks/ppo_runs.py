@@ -40,30 +40,30 @@ from llama2_lite.reward import (
     collect_preferences,
     written_preferences,
 )
+from llama2_lite.runtime.alignment import aligned
 from llama2_lite.runtime.artifacts import write_result
 from llama2_lite.runtime.judge import HARMLESS, judge, win_rate
-from llama2_lite.runtime.tour import tour_artifacts
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, prepare_process
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Annotators, Oracle, Task, Town, build_town
 
 CONFIG = {
-    "iterations": 24,
+    "iterations": 20,
     "batch_size": 128,
-    "measure_every": 8,
+    "measure_every": 10,
     "unsafe_share": 0.3,
     "prompts": 4000,
-    "test_harmless": 250,
-    "test_unsafe": 120,
-    "test_borderline": 60,
+    "test_harmless": 200,
+    "test_unsafe": 100,
+    "test_borderline": 50,
     "settings": {},
     "arms": {
         "models": {},
         "oracle": {"reward": "oracle"},
         "beta 0": {"kl_weight": 0.0},
-        "beta 0.01": {"kl_weight": 0.01},
         "beta 0.1": {"kl_weight": 0.1},
         "no value model": {"critic": False},
+        "beta 0.01": {"kl_weight": 0.01},
     },
     "safety_pairs": 2500,
     "refusal_pairs": 500,
@@ -75,6 +75,7 @@ CONFIG = {
     },
     "safety_lr": 1e-3,
 }
+AXES = ("helpfulness", "safety")
 SEEDS = [0, 1, 2]
 MODULES = [
     *("town", "layers", "attention", "model", "generation", "pretraining"),
@@ -211,11 +212,20 @@ def train(module, data, max_steps: int, callbacks=()) -> None:
 
 
 class Study:
-    """What all runs share."""
+    """What all runs share.
 
-    def __init__(self) -> None:
-        self.folders = tour_artifacts()
-        self.chat = self.folders["sft"]
+    Args:
+        folder: of a chat model and two reward models; the tour's if left out.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is None:
+            stages = aligned()
+            folders = [stages.reward(axis).path for axis in AXES]
+            self.chat = stages.sft().path
+        else:
+            folders = [folder / axis for axis in AXES]
+            self.chat = folder / "sft"
         self.tokenizer = Tokenizer(self.chat / "tokenizer.model")
         self.town = build_town()
         self.oracle = Oracle(self.town)
@@ -223,10 +233,7 @@ class Study:
         self.measure = Measure(self.requests, self.oracle, self.tokenizer)
         start = Llama.from_pretrained(self.chat, torch.float32)
         self.at_start = self.measure(start.eval())
-        self.tours = [
-            RewardModel.from_pretrained(self.folders[f"reward_{axis}"])
-            for axis in ("helpfulness", "safety")
-        ]
+        self.tours = [RewardModel.from_pretrained(path) for path in folders]
 
     def run(self, both, seed: int, settings: dict) -> dict:
         """One run of PPO."""
@@ -280,16 +287,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="some arms, for a trial")
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--models", type=Path, help="sft, helpfulness and safety")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file")
     arguments = parser.parse_args()
     prepare_process()
     logging.disable(logging.WARNING)
-    study = Study()
+    study = Study(arguments.models)
     both = model_scores(*study.tours, study.tokenizer)
     results: dict[str, list[dict]] = {}
 
     def note(arm: str, seed: int, made: dict) -> None:
         results.setdefault(arm, []).append(made)
+        write_result(  # after each run: what is there survives an interruption
+            arguments.output,
+            config={**CONFIG, "ppo": asdict(PPOSettings(**CONFIG["settings"]))},
+            seeds=arguments.seeds[: max(map(len, results.values()))],
+            modules=MODULES,
+            script=__file__,
+            results=results,
+        )
         print(
             arm, seed, made["truth"][-1], made["seconds"], file=sys.stderr, flush=True
         )
@@ -309,14 +325,6 @@ def main() -> None:
                 safety = study.safety_model(weight, refusals, seed)
                 scores = model_scores(study.tours[0], safety, study.tokenizer)
                 note(arm, seed, study.run(scores, seed, {}))
-    write_result(
-        arguments.output,
-        config={**CONFIG, "ppo": asdict(PPOSettings(**CONFIG["settings"]))},
-        seeds=arguments.seeds,
-        modules=MODULES,
-        script=__file__,
-        results=results,
-    )
 
 
 if __name__ == "__main__":
