@@ -308,14 +308,17 @@ class AlignmentStages:
         """``helpfulness`` or ``safety``: a reward model of what annotators prefer."""
         sft, pairs, recipe = self.sft(), self.preferences(), self.recipe.reward
 
-        @self._artifact(axis, asdict(recipe), [sft, pairs], "reward")
+        config = {"axis": axis, **asdict(recipe)}
+
+        @self._artifact(axis, config, [sft, pairs], "reward")
         def made(folder: Path) -> None:
             own = self.read_pairs(f"train_{axis}")
             weight = 0.0
             if axis == "safety":
                 own += self.read_pairs("written_safety")
-                own = mix_pairs(own, self.read_pairs("refusals"), 0.9, self.seed)
                 weight = recipe.safety_weight
+            # both have to know that declining a harmless request helps nobody
+            own = mix_pairs(own, self.read_pairs("refusals"), 0.9, self.seed)
             train, held_out = (
                 PreferenceDataset(
                     some,
