@@ -8,7 +8,7 @@ import yaml
 
 from llama2_lite.runtime.alignment import AlignmentRecipe, AlignmentStages
 from llama2_lite.runtime.configs import find_config
-from llama2_lite.runtime.report import print_gains, write_share
+from llama2_lite.runtime.gains import print_gains, write_share
 from llama2_lite.runtime.tour import Recipe, Stages
 
 

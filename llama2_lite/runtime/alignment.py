@@ -42,9 +42,9 @@ from llama2_lite.reward import (
 )
 from llama2_lite.runtime.artifacts import Artifact, artifact, write_json
 from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.gains import print_gains
 from llama2_lite.runtime.judge import Evaluation, Share, share
 from llama2_lite.runtime.progress import TrainingProgress
-from llama2_lite.runtime.report import print_gains
 from llama2_lite.runtime.tour import (
     Recipe,
     Stages,
