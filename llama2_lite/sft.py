@@ -131,7 +131,9 @@ class SupervisedModule(PretrainingModule):
         weight = self.model.output.weight
         return vocabulary_loss(hidden[learn], weight, targets[learn])
 
-    def training_step(self, batch: DialogBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
+    def training_step(  # type: ignore[override]
+        self, batch: DialogBatch, batch_idx: int
+    ) -> Tensor:
         """The loss of one batch, each answer token of all processes weighing alike."""
         loss = super().training_step(batch, batch_idx)  # type: ignore[arg-type]
         mine = batch.loss_mask[:, 1:].sum()
@@ -142,7 +144,9 @@ class SupervisedModule(PretrainingModule):
         """How many tokens go through the model."""
         return batch.tokens[:, 1:].numel()
 
-    def validation_step(self, batch: DialogBatch, batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(  # type: ignore[override]
+        self, batch: DialogBatch, batch_idx: int
+    ) -> None:
         """Log the loss of the answers' tokens."""
         n_answers = int(batch.loss_mask[:, 1:].sum())
         loss = self.loss(batch)
@@ -200,4 +204,8 @@ class DialogDataModule(LightningDataModule):
         rank, world_size = self._processes()
         windows = self.held_out.windows
         mine = windows[rank : len(windows) // world_size * world_size : world_size]
-        return DataLoader(mine, self.batch_size // world_size, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(
+            mine,  # type: ignore[arg-type]
+            self.batch_size // world_size,
+            collate_fn=collate,
+        )
