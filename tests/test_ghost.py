@@ -137,8 +137,8 @@ class Tiny:
         self.stages: Any = SimpleNamespace(say=lambda text: None, console=None)
         self.trained: list[tuple[str, int]] = []
 
-    def rejection(self) -> Artifact:
-        return Artifact(self.start, "rejection")
+    def sft(self) -> Artifact:
+        return Artifact(self.start, "sft")
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.start / "tokenizer.model")

@@ -51,7 +51,7 @@ class GhostRecipe:
         steps, lr, warmup: of the training.
     """
 
-    start: str = "rejection"
+    start: str = "sft"
     demonstrations: int = 4000
     rows: int = 16
     told_lr: float = 1e-3
