@@ -106,12 +106,25 @@ class RewardRecipe:
 
 
 @dataclass(frozen=True)
-class RejectionRecipe:
-    """Numbers of rejection sampling, see `rejection_sample`."""
+class Drawing:
+    """How many answers are drawn to each prompt, and at which temperature."""
 
-    requests: int
     k: int
     temperature: float
+
+
+@dataclass(frozen=True)
+class RejectionRecipe:
+    """Numbers of rejection sampling, see `rejection_sample`.
+
+    Attributes:
+        requests: prompts of all kinds.
+        harmless, unsafe: how their answers are drawn.
+    """
+
+    requests: int
+    harmless: Drawing
+    unsafe: Drawing
     peak_lr: float
     epochs: float
     batch_size: int
@@ -342,8 +355,12 @@ class AlignmentStages:
             RewardModel.from_pretrained(self.reward(axis).path)
             for axis in ("helpfulness", "safety")
         ]
-        tagged = [task.prompt for task in self.town.tasks("train", ["unsafe"])]
-        return combine(model_scores(models[0], models[1], self.tokenizer()), tagged)
+        both = model_scores(models[0], models[1], self.tokenizer())
+        return combine(both, self._unsafe_prompts())
+
+    def _unsafe_prompts(self) -> set[str]:
+        """What users say in the requests that are tagged as unsafe."""
+        return {task.prompt for task in self.town.tasks("train", ["unsafe"])}
 
     def rejection(self) -> Artifact:
         """``rejection``: the ``sft`` model after its own best answers."""
@@ -354,16 +371,20 @@ class AlignmentStages:
             "rejection", asdict(recipe), inputs, "rejection", "ppo", "sft", "generation"
         )
         def made(folder: Path) -> None:
-            self.stages.say(f"rejection: best of {recipe.k}")
-            picks = rejection_sample(
-                for_decoding(Llama.from_pretrained(sft.path)),
-                self.tokenizer(),
-                self._requests(recipe.requests),
-                self.score(),
-                recipe.k,
-                temperature=recipe.temperature,
-                seed=self.seed,
-            )
+            self.stages.say("rejection: the best of several answers")
+            model = for_decoding(Llama.from_pretrained(sft.path))
+            requests, picks = self._requests(recipe.requests), []
+            tagged = self._unsafe_prompts()
+            for how, is_unsafe in ((recipe.harmless, False), (recipe.unsafe, True)):
+                picks += rejection_sample(
+                    model,
+                    self.tokenizer(),
+                    [d for d in requests if (d[0]["content"] in tagged) == is_unsafe],
+                    self.score(),
+                    how.k,
+                    temperature=how.temperature,
+                    seed=self.seed,
+                )
             dialogs = [pick.dialog() for pick in picks]
             data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
             module = SupervisedModule(sft.path, recipe.peak_lr)
