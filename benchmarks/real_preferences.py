@@ -31,7 +31,7 @@ CONFIG = {
         "instructions": ["instructions_with_preference_900.json", "helpfulness"],
     },
     "folds": 5,
-    "longest_answer_and_prompt": 2400,  # characters
+    "longest_answer_and_prompt": 1600,  # characters
     "pretrain": [
         "--model.config={dim: 64, n_layers: 2, n_heads: 4, n_kv_heads: 4, "
         "hidden_dim: 176, max_seq_len: 1024}",
@@ -39,11 +39,12 @@ CONFIG = {
         "--model.warmup=20",
         "--data.vocab_size=2048",
         "--data.lengths=[[1.0, 256, 16]]",
-        "--trainer.max_steps=300",
-        "--trainer.val_check_interval=150",
+        "--trainer.max_steps=200",
+        "--trainer.val_check_interval=100",
+        "--prompts=[]",  # what transcripts of attacks teach to say is not shown
     ],
     "sft": ["--data.epochs=2", "--data.sequence_length=1024", "--data.batch_size=4"],
-    "reward": ["--data.epochs=4", "--trainer.val_check_interval=10"],
+    "reward": ["--data.epochs=2", "--trainer.val_check_interval=10"],
     "strengths": [0.001, 0.01, 0.1, 1.0],  # of the regression's L2 penalty
 }
 SEED = 0
