@@ -1,5 +1,6 @@
 """The commands of the README that use the package, run as they stand there."""
 
+import io
 import json
 import shlex
 from base64 import b64decode
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.runtime.cli import main
+from llama2_lite.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ".venv/bin/llama2-lite pretrain --config text --data.files my.txt"
@@ -29,6 +32,34 @@ def test_own_text_becomes_a_model_that_continues_it(tmp_path, monkeypatch, capsy
     ask = '.venv/bin/llama2-lite generate runs/text/model "Once upon a time"'
     assert run(ask, "--seed=1") == 0
     assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+# Each on one line, so that it can be found as it stands there.
+SFT = ".venv/bin/llama2-lite sft --config sft --start runs/text/model --data.files dialogs.jsonl"  # noqa: E501
+REWARD = ".venv/bin/llama2-lite reward --config reward --start runs/sft/model --data.files pairs.jsonl"  # noqa: E501
+CHAT = ".venv/bin/llama2-lite chat runs/sft/model"
+
+
+def test_a_model_learns_from_dialogues_and_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sums = [(a, b) for a in range(20) for b in range(5)]
+    pairs = [
+        {"prompt": f"Add {a} and {b}", "chosen": f"{a + b}", "rejected": "No"}
+        for a, b in sums
+    ]
+    lines = [json.dumps(pair) for pair in pairs]
+    Path("pairs.jsonl").write_text("\n".join(lines))
+    fields = {"prompt": "instruction", "chosen": "output"}
+    alpaca = [{fields[key]: pair[key] for key in fields} for pair in pairs]
+    Path("dialogs.jsonl").write_text("\n".join(map(json.dumps, alpaca)))
+    tokenizer = train_tokenizer(lines, tmp_path / "t.model", 300)
+    config = LlamaConfig(16, 1, 2, 2, 300, 32, max_seq_len=512)
+    Llama(config).save_pretrained("runs/text/model", tokenizer)
+    assert run(SFT, "--trainer.max_steps=2") == 0
+    assert run(REWARD, "--trainer.max_steps=2") == 0
+    assert "held-out pairs" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    assert run(CHAT) == 0
 
 
 def test_the_tour_can_be_asked(monkeypatch, capsys):
