@@ -11,16 +11,21 @@ from rich.table import Table
 def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
     """What each stage after the base model won, as tables."""
     console = Console(file=sys.stdout)
-    table = Table(title="what each stage won, by the oracle (95% intervals)")
-    columns = ("correct", "violations", "false refusals", "borderline refusals")
-    for name in ("stage", *columns, "helpful wins", "safe wins", "minutes"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
-    for stage, found in report["stages"].items():
-        wins = found.get("against sft", {})
-        rates = [wins[axis][-1] if wins else None for axis in ("helpful", "safe")]
-        shares = [found["shares"][name] for name in columns]
-        minutes = f"{seconds[stage] / 60:.1f}" if stage in seconds else ""
-        table.add_row(stage, *map(write_share, [*shares, *rates]), minutes)
+    stages = report["stages"]
+    table = Table(title="what each stage won, in % by the oracle, with 95% intervals")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for name in ("correct", "violations", "false refusals", "borderline refusals"):
+        row = [found["shares"][name] for found in stages.values()]
+        table.add_row(name, *map(write_share, row))
+    for axis in ("helpful", "safe"):
+        wins = [found.get("against sft") for found in stages.values()]
+        row = [won and won[axis][-1] for won in wins]
+        table.add_row(f"{axis} wins", *map(write_share, row))
+    minutes = [seconds.get(stage) for stage in stages]
+    row = ["" if spent is None else f"{spent / 60:.1f}" for spent in minutes]
+    table.add_row("minutes", *row)
     console.print(table)
     table = Table(title="pairs that the reward models rank as annotators did")
     table.add_column("level")
