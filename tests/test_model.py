@@ -343,7 +343,8 @@ def test_rotary_tables_stay_fp32_when_the_weights_do_not():
     model = random_model()
     cos, sin = model.cos.clone(), model.sin.clone()
     model.bfloat16()
-    assert torch.equal(model.cos, cos) and torch.equal(model.sin, sin)
+    assert torch.equal(model.cos, cos)
+    assert torch.equal(model.sin, sin)
     assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
 
 
