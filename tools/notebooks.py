@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import yaml
+from jupytext.myst import CompactDumper
 from nbformat import NotebookNode
 
 JUPYTEXT = {"formats": "ipynb,md:myst"}
@@ -23,6 +25,11 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "pygments_lexer": "ipython3", "file_extension": ".py"}
 CELL_METADATA = ("tags", "mystnb")  # all that a cell may say about itself in the text
 KEPT = ("module_hash", "ran", "widgets")  # in a notebook, besides what `save` sets
+
+# jupytext registers this with their base class, where they no longer look once another
+# library, such as jsonargparse, has registered something with SafeDumper itself.
+for dumper in (yaml.SafeDumper, CompactDumper):
+    dumper.add_representer(NotebookNode, yaml.SafeDumper.represent_dict)
 
 
 class Problem(Exception):
