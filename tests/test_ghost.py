@@ -143,10 +143,10 @@ class Tiny:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.start / "tokenizer.model")
 
-    def _artifact(self, name: str, config: Any, inputs: Any, *modules: str) -> Any:
+    def stage(self, name: str, config: Any, inputs: Any, *modules: str) -> Any:
         return lambda build: artifact(self.folder, name, config, inputs, modules, build)
 
-    def _train(
+    def train(
         self, folder: Path, label: str, module: Any, data: Any, max_steps: int
     ) -> None:
         self.trained.append((label, max_steps))

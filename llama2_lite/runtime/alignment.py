@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from llama2_lite.chat import Dialog, Example, encode_dialog
@@ -41,7 +40,7 @@ from llama2_lite.reward import (
     written_preferences,
 )
 from llama2_lite.runtime.artifacts import Artifact, artifact, write_json
-from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.configs import read_recipe
 from llama2_lite.runtime.gains import print_gains
 from llama2_lite.runtime.judge import Evaluation, Share, share
 from llama2_lite.runtime.progress import TrainingProgress
@@ -158,14 +157,7 @@ class AlignmentRecipe:
         Raises:
             ValueError: if it is not YAML, or a key is missing or unknown.
         """
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls)
-        path = find_config(str(path or "alignment"))
-        try:
-            found = parser.parse_object(read_yaml(path) or {})
-            return cls(**vars(parser.instantiate(found)))
-        except Exception as error:
-            raise ValueError(f"{path}: {explain(str(error), parser)}") from None
+        return read_recipe(cls, "alignment", path)
 
 
 class AlignmentStages:
@@ -181,7 +173,7 @@ class AlignmentStages:
         self.stages, self.recipe, self.seed = stages, recipe, seed
         self.town, self.folder = stages.town, stages.folder
 
-    def _artifact(
+    def stage(
         self, name: str, config: dict[str, Any], inputs: list[Artifact], *modules: str
     ) -> Any:
         """A decorator that makes an artifact of a build function."""
@@ -201,7 +193,7 @@ class AlignmentStages:
         """The tokenizer of all stages."""
         return Tokenizer(self.stages.tokenizer().path / "tokenizer.model")
 
-    def _train(
+    def train(
         self,
         folder: Path,
         label: str,
@@ -216,7 +208,7 @@ class AlignmentStages:
             folder,
             folder,
             lambda: tokenizer,
-            checkpoint_every=100,
+            checkpoint_every=max(1, max_steps // 5),
             callbacks=[TrainingProgress(label, self.stages.console)],
         )
         trainer = Trainer(
@@ -234,7 +226,7 @@ class AlignmentStages:
         """``sft``: the base model after demonstrations, good and bad."""
         base, recipe = self.stages.base(), self.recipe.sft
 
-        @self._artifact("sft", asdict(recipe), [base], "town", "chat", "sft")
+        @self.stage("sft", asdict(recipe), [base], "town", "chat", "sft")
         def made(folder: Path) -> None:
             dialogs = sample_demonstrations(
                 self.town,
@@ -246,7 +238,7 @@ class AlignmentStages:
             )
             data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
             module = SupervisedModule(base.path, recipe.peak_lr)
-            self._train(folder, "sft", module, data, data.count_steps(recipe.epochs))
+            self.train(folder, "sft", module, data, data.count_steps(recipe.epochs))
 
         return made
 
@@ -269,7 +261,7 @@ class AlignmentStages:
         """``preferences``: what annotators think of answers of the ``sft`` model."""
         sft, recipe = self.sft(), self.recipe.preferences
 
-        @self._artifact("preferences", asdict(recipe), [sft], "reward", "generation")
+        @self.stage("preferences", asdict(recipe), [sft], "reward", "generation")
         def made(folder: Path) -> None:
             self.stages.say("preferences: answers, and what annotators think of them")
             pairs = self._collect(Llama.from_pretrained(sft.path))
@@ -323,7 +315,7 @@ class AlignmentStages:
 
         config = {"axis": axis, **asdict(recipe)}
 
-        @self._artifact(axis, config, [sft, pairs], "reward")
+        @self.stage(axis, config, [sft, pairs], "reward")
         def made(folder: Path) -> None:
             own = self.read_pairs(f"train_{axis}")
             weight = 0.0
@@ -345,7 +337,7 @@ class AlignmentStages:
             data = PreferenceDataModule(train, held_out, recipe.batch_size)
             module = RewardModule(sft.path, recipe.peak_lr, weight)
             n_steps = data.count_steps(recipe.epochs)
-            self._train(folder, axis, module, data, n_steps)
+            self.train(folder, axis, module, data, n_steps)
 
         return made
 
@@ -367,7 +359,7 @@ class AlignmentStages:
         sft, recipe = self.sft(), self.recipe.rejection
         inputs = [sft, self.reward("helpfulness"), self.reward("safety")]
 
-        @self._artifact(
+        @self.stage(
             "rejection", asdict(recipe), inputs, "rejection", "ppo", "sft", "generation"
         )
         def made(folder: Path) -> None:
@@ -389,7 +381,7 @@ class AlignmentStages:
             data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
             module = SupervisedModule(sft.path, recipe.peak_lr)
             n_steps = data.count_steps(recipe.epochs)
-            self._train(folder, "rejection", module, data, n_steps)
+            self.train(folder, "rejection", module, data, n_steps)
 
         return made
 
@@ -404,7 +396,7 @@ class AlignmentStages:
         start, recipe = self.rejection(), self.recipe.ppo
         inputs = [start, self.reward("helpfulness"), self.reward("safety")]
 
-        @self._artifact("ppo", asdict(recipe), inputs, "ppo", "generation")
+        @self.stage("ppo", asdict(recipe), inputs, "ppo", "generation")
         def made(folder: Path) -> None:
             train, held_out = (
                 PromptDataset(
@@ -421,7 +413,7 @@ class AlignmentStages:
             )
             data = PromptDataModule(train, held_out, recipe.batch_size)
             module = PPOModule(start.path, self.score(), recipe.settings, self.seed)
-            self._train(folder, "ppo", module, data, recipe.iterations, 10)
+            self.train(folder, "ppo", module, data, recipe.iterations, 10)
 
         return made
 
@@ -435,7 +427,7 @@ class AlignmentStages:
         }
         rewards = [self.reward(axis) for axis in ("helpfulness", "safety")]
 
-        @self._artifact(
+        @self.stage(
             "judgement",
             {},
             [*models.values(), *rewards],

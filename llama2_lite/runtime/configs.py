@@ -3,11 +3,12 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 
+R = TypeVar("R")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -42,6 +43,28 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(
         f"there is no configuration file {name!r}; it is a path or one of {names}"
     )
+
+
+def read_recipe(kind: type[R], name: str, path: str | Path | None = None) -> R:
+    """Read the values of a dataclass, which may hold others, from a YAML file.
+
+    Args:
+        kind: the dataclass.
+        name: of the file that comes with the package.
+        path: another file, or the name of one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not YAML, or a key is missing or unknown.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    file = find_config(str(path or name))
+    try:
+        found = parser.parse_object(read_yaml(file) or {})
+        return kind(**vars(parser.instantiate(found)))
+    except Exception as error:
+        raise ValueError(f"{file}: {explain(str(error), parser)}") from None
 
 
 def explain(message: str, parser: ArgumentParser) -> str:

@@ -218,12 +218,12 @@ def told(stages: AlignmentStages, recipe: GhostRecipe = RECIPE) -> Artifact:
     """``told``: a chat model that obeys an instruction in the turn at hand."""
     start = getattr(stages, recipe.start)()
 
-    @stages._artifact("told", asdict(recipe), [start], *MODULES)
+    @stages.stage("told", asdict(recipe), [start], *MODULES)
     def made(folder: Path) -> None:
         data = told_data(stages.town, stages.tokenizer(), recipe, stages.seed)
         module = SupervisedModule(start.path, recipe.told_lr, separate=False)
         n_steps = recipe.demonstrations // recipe.rows
-        stages._train(folder, "told", module, data, n_steps)
+        stages.train(folder, "told", module, data, n_steps)
 
     return made
 
@@ -238,7 +238,7 @@ def ghost(stages: AlignmentStages, recipe: GhostRecipe = RECIPE) -> Artifact:
     """``ghost``: a chat model that keeps to an instruction for a whole dialogue."""
     start = told(stages, recipe)
 
-    @stages._artifact("ghost", asdict(recipe), [start], *MODULES, "generation")
+    @stages.stage("ghost", asdict(recipe), [start], *MODULES, "generation")
     def made(folder: Path) -> None:
         tokenizer = stages.tokenizer()
         stages.stages.say("ghost: dialogues, and replies that obey")
@@ -249,6 +249,6 @@ def ghost(stages: AlignmentStages, recipe: GhostRecipe = RECIPE) -> Artifact:
         ghosts = read_ghosts(folder)
         data = ghost_data(ghosts, tokenizer, recipe, stages.seed)
         module = GhostAttentionModule(start.path, recipe.lr, recipe.warmup)
-        stages._train(folder, "ghost", module, data, recipe.steps)
+        stages.train(folder, "ghost", module, data, recipe.steps)
 
     return made

@@ -13,7 +13,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
 from llama2_lite.chat import INSTRUCTION, SYSTEM
@@ -31,7 +30,7 @@ from llama2_lite.runtime.artifacts import (
     machine_name,
     write_json,
 )
-from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.configs import read_recipe
 from llama2_lite.runtime.progress import (
     Samples,
     TrainingProgress,
@@ -93,13 +92,7 @@ class Recipe:
         Raises:
             ValueError: if it is not YAML, or a key is missing or unknown.
         """
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls)
-        path = find_config(str(path or "tour"))
-        try:
-            return cls(**vars(parser.parse_object(read_yaml(path) or {})))
-        except Exception as error:
-            raise ValueError(f"{path}: {explain(str(error), parser)}") from None
+        return read_recipe(cls, "tour", path)
 
     def llama(self) -> LlamaConfig:
         """The sizes of the model."""
