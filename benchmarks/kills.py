@@ -1,0 +1,323 @@
+"""Kill training again and again: `python benchmarks/kills.py --stage sft --kills 3`.
+
+Each stage is run as the real command on data and a model of a few thousand weights,
+killed (SIGKILL) at random moments, half of them aimed into a save, and started again
+until it is done; then the next run begins, until there were enough kills. What every
+run leaves, the last checkpoint with weights and optimizer, the model folder, sampled
+data and figures, has to be the same, byte for byte, as what a run leaves that nobody
+killed.
+
+Processes are forked from one that has imported PyTorch, so that a start costs a second.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from llama2_lite.runtime.artifacts import machine_name, write_json
+
+STAGES = ("pretrain", "sft", "reward", "reject", "ppo", "gatt")
+STEPS = 12
+PARTS = ("model", "sampled", "result.json")  # what is compared beside checkpoints
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def make_world(folder: Path) -> None:
+    """Text, pairs, dialogues, a chat model and two reward models, all tiny."""
+    import torch
+
+    from llama2_lite.model import Llama, LlamaConfig
+    from llama2_lite.reward import RewardModel
+    from llama2_lite.tokenizer import train_tokenizer
+
+    records = [
+        {
+            "prompt": f"What is {a} + {b}?",
+            "chosen": f"It is {a + b}.",
+            "rejected": f"No, {a}!",
+        }
+        for a in range(1, 9)
+        for b in range(1, 9)
+    ]
+    turns = [
+        {"role": role, "content": record[key]}
+        for record in records
+        for role, key in (("user", "prompt"), ("assistant", "chosen"))
+    ]
+    dialogs = [{"dialog": turns[i : i + 4]} for i in range(0, len(turns), 4)]
+    told = [{"text": "Be kind."}, {"text": "Be it."}]
+    for name, lines in (("pairs", records), ("dialogs", dialogs), ("told", told)):
+        content = "\n".join(map(json.dumps, lines))
+        (folder / f"{name}.jsonl").write_text(content, "utf-8")
+    texts = [f"[INST] {r['prompt']} [/INST] {r['chosen']}" for r in records]
+    (folder / "text.txt").write_text("\n".join(texts * 4), "utf-8")
+    rest = [" ".join(r["rejected"] for r in records), "<<SYS>> Be kind. <</SYS>>"]
+    tokenizer = train_tokenizer([*texts, *rest], folder / "t.model", 320)
+    torch.manual_seed(0)
+    config = LlamaConfig(32, 2, 2, 2, 320, 64, max_seq_len=64)
+    Llama(config).save_pretrained(folder / "start", tokenizer)
+    for name in ("helpful", "safe"):
+        reward = RewardModel(config)
+        torch.nn.init.normal_(reward.head.weight)
+        reward.save_pretrained(folder / name, tokenizer)
+    # What samples starts from a model whose answers end.
+    longer = [f"--trainer.max_steps={10 * STEPS}", "--checkpoint_every=1000"]
+    run_command([*arguments(folder, "sft", folder / "sft"), *longer], folder / "log")
+
+
+def arguments(world: Path, stage: str, output: Path) -> list[str]:
+    """The command line of a stage: twelve steps, a checkpoint after every second."""
+    shared = [
+        stage,
+        f"--output={output}",
+        f"--trainer.max_steps={STEPS}",
+        "--trainer.val_check_interval=4",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--checkpoint_every=2",
+    ]
+    rewards = [f"helpfulness={world}/helpful", f"safety={world}/safe"]
+    more = {
+        "pretrain": [
+            *(f"--data.files={world}/text.txt", "--data.vocab_size=300"),
+            *("--data.lengths=[[1.0, 32, 4]]", "--model.warmup=2"),
+            *("--model.config.dim=32", "--model.config.n_layers=2"),
+            *("--model.config.n_heads=2", "--model.config.n_kv_heads=2"),
+            *("--model.config.hidden_dim=64", "--model.config.max_seq_len=32"),
+            "--sample_tokens=8",
+        ],
+        "sft": ["--data.batch_size=4", "--model.peak_lr=0.01"],
+        "reward": ["--data.batch_size=8", "--model.peak_lr=0.01"],
+        "reject": [
+            *(f"--data.{reward}" for reward in rewards),
+            *("--data.k=3", "--data.max_new_tokens=8", "--data.batch_size=4"),
+        ],
+        "ppo": [
+            *(f"--model.{reward}" for reward in rewards),
+            *("--data.validation_prompts=8", "--data.batch_size=8"),
+            *("--model.settings.minibatch_size=4", "--model.settings.lr=0.01"),
+            "--model.settings.max_new_tokens=12",
+        ],
+        "gatt": [
+            *(f"--data.instructions={world}/told.jsonl", "--data.batch_size=4"),
+            *("--data.max_new_tokens=12", "--data.plain=0.3", "--data.context=1"),
+        ],
+    }
+    if stage != "pretrain":
+        file = "dialogs" if stage == "gatt" else "pairs"
+        start = "start" if stage in ("sft", "reward") else "sft/model"
+        shared += [f"--start={world}/{start}", f"--data.files={world}/{file}.jsonl"]
+    return shared + more[stage]
+
+
+def run_command(arguments: list[str], log: Path) -> None:
+    """Run a command in this process as a user does; what it prints goes to a file."""
+    from llama2_lite.runtime.cli import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(main(arguments))
+
+
+class Campaign:
+    """Runs of one stage that are killed, and what became of them.
+
+    Args:
+        world: folder of `make_world`.
+        folder: for the runs.
+        stage: which command.
+        generator: of the moments.
+    """
+
+    def __init__(self, world: Path, folder: Path, stage: str, generator: random.Random):
+        self.world, self.folder, self.stage = world, folder, stage
+        self.random = generator
+        self.hit: dict[str, int] = {}
+        self.runs = self.saves = 0
+        self.save_seconds = 0.0
+
+    def start(self, output: Path) -> BaseProcess:
+        """Start the command, or continue what it began."""
+        self.output, self.began = output, time.time()
+        self.left_over = {path: _stamp(path) for path in self._partial()}
+        command = arguments(self.world, self.stage, output)
+        log = output.with_suffix(".log")
+        process = CONTEXT.Process(target=run_command, args=(command, log))
+        process.start()
+        return process
+
+    def _partial(self) -> list[Path]:
+        return list(self.output.glob("checkpoints/*.partial"))
+
+    def _saving(self) -> bool:
+        """Whether a checkpoint is being written by the present process."""
+        return any(
+            _stamp(path) not in (None, self.left_over.get(path))
+            for path in self._partial()
+        )
+
+    def undisturbed(self) -> dict[str, str]:
+        """What a run leaves that nobody kills; notes how long it and its saves take."""
+        process = self.start(self.folder / f"{self.stage}-whole")
+        seconds, saves = 0.0, []
+        while process.is_alive():
+            if self._saving():
+                if not seconds:
+                    seconds = time.perf_counter()
+            elif seconds:
+                saves.append(time.perf_counter() - seconds)
+                seconds = 0.0
+            time.sleep(0.0005)
+        self.check_exit(process)
+        self.seconds = time.time() - self.began
+        self.save_seconds = sum(saves) / max(1, len(saves))
+        return outcome(self.output)
+
+    def check_exit(self, process: BaseProcess) -> None:
+        """Make sure that a command ended well."""
+        process.join()
+        if process.exitcode:
+            log = self.output.with_suffix(".log").read_text("utf-8")
+            raise SystemExit(f"{self.stage} ended with {process.exitcode}:\n{log}")
+
+    def wait(self, process: BaseProcess) -> bool:
+        """Wait for the moment of the next kill; False if the run ends before."""
+        aims = self.random.random() < 0.5
+        if not aims:
+            process.join(self.random.uniform(0, self.seconds))
+            return process.is_alive()
+        skipped = self.random.randrange(STEPS // 2)
+        within = self.random.uniform(0, self.save_seconds)
+        while process.is_alive():
+            if self._saving():
+                if not skipped:
+                    time.sleep(within)
+                    return process.is_alive()
+                skipped -= 1
+                while self._saving() and process.is_alive():
+                    time.sleep(0.0005)
+            time.sleep(0.0005)
+        return False
+
+    def phase(self) -> str:
+        """What a run did when it was killed, as its folder tells."""
+        if self._saving():
+            return "in a save"
+        log = self.output / "logs" / "metrics.csv"
+        if (_stamp(log) or 0) < self.began * 1e9:
+            return "before its first step"
+        if (self.output / "checkpoints" / f"step-{STEPS:08}").exists():
+            return "after its last step"
+        return "between saves"
+
+    def run(self, kills: int) -> dict[str, Any]:
+        """Kill so often; what happened as a dictionary."""
+        expected = self.undisturbed()
+        different: list[str] = []
+        left, longest, since = kills, 0, time.time()
+        while left:
+            self.runs += 1
+            output, starts = self.folder / f"{self.stage}-{self.runs}", 0
+            while True:
+                starts += 1
+                process = self.start(output)
+                if left and self.wait(process):
+                    process.kill()
+                    process.join()
+                    phase = self.phase()
+                    self.hit[phase] = self.hit.get(phase, 0) + 1
+                    left -= 1
+                else:
+                    self.check_exit(process)
+                    break
+            longest = max(longest, starts)
+            found = outcome(output)
+            names = {**expected, **found}
+            different += [
+                f"{output.name}: {name}"
+                for name in names
+                if expected.get(name) != found.get(name)
+            ]
+            shutil.rmtree(output)
+        return {
+            "kills": kills,
+            "killed": dict(sorted(self.hit.items())),
+            "runs": self.runs,
+            "most starts of a run": longest,
+            "files compared": len(expected),
+            "different": different,
+            "seconds of a run": round(self.seconds, 2),
+            "minutes": round((time.time() - since) / 60, 1),
+        }
+
+
+def _stamp(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """A checksum of each file that a run leaves, but for logs and configuration."""
+    last = max((folder / "checkpoints").glob("step-*"))
+    places = [last, *(folder / part for part in PARTS)]
+    files = [f for place in places for f in (place, *place.rglob("*")) if f.is_file()]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+def in_process(function: Any, *values: Any) -> None:
+    """Run a function where PyTorch is imported already."""
+    process = CONTEXT.Process(target=function, args=values)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
+
+
+def main() -> None:
+    """Run the campaigns that are asked for and store what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--stage", action="append", choices=STAGES, help="(all of them)")
+    add("--kills", type=int, default=50, help="of each stage (%(default)s)")
+    add("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    add("--output", type=Path, help="JSON file (benchmarks/results/kills-MACHINE.json)")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    CONTEXT.set_forkserver_preload(
+        ["llama2_lite.runtime.pretrain", "llama2_lite.runtime.align"]
+    )
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder) / "world"
+        world.mkdir()
+        in_process(make_world, world)
+        for stage in options.stage or STAGES:
+            moments = random.Random(f"{options.seed} {stage}")
+            campaign = Campaign(world, Path(folder), stage, moments)
+            found[stage] = campaign.run(options.kills)
+            print(stage, json.dumps(found[stage]), flush=True)
+    result = {"machine": machine_name(), "seed": options.seed, "one process": found}
+    if options.output:
+        write_json(options.output, result)
+    if any(figures["different"] for figures in found.values()):
+        raise SystemExit("not every run came to the same result")
+
+
+if __name__ == "__main__":
+    main()
