@@ -227,8 +227,8 @@ def step_of(path: Path) -> int:
 class Checkpoints(Checkpoint):
     """Saves every so many steps, at the end, and when asked to stop.
 
-    Ctrl-C and SIGTERM finish the step, save and raise `Stopped`; a second one ends
-    the process at once. A validation that is due is done before the checkpoint, so
+    Ctrl-C and SIGTERM finish the step, save and raise `Stopped`; a second one is a
+    `KeyboardInterrupt`. A validation that is due is done before the checkpoint, so
     that a run that continues from it has seen the same.
 
     Args:
@@ -274,8 +274,7 @@ class Checkpoints(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            os.write(2, b"\x1b[?25h" if os.isatty(2) else b"")  # progress bars hide it
-            os._exit(128 + number)
+            raise KeyboardInterrupt
         self.signal = number
         os.write(2, b"\nsaving after this step; once more stops at once\n")
 

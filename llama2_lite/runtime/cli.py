@@ -10,9 +10,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
+from llama2_lite.runtime.stopping import watch_signals
 from llama2_lite.runtime.usage import SUMMARIES, usage
 
 DEBUG = "LLAMA2_LITE_DEBUG"
@@ -43,9 +45,17 @@ def make_parser() -> Parser:
     tour.add_argument("--folder", default="runs/tour", help="(%(default)s)")
     tour.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     tour.add_argument("--config", help="another recipe than configs/tour.yaml")
-    tour.add_argument(
+    only = tour.add_mutually_exclusive_group()
+    only.add_argument(
         "--base-only", action="store_true", help="stop after the base model"
     )
+    only.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="after fine-tuning, make N versions by rounds of RLHF instead of one",
+    )
+    tour.add_argument("--rounds-config", help="another recipe than configs/rounds.yaml")
     for name, summary in SUMMARIES.items():
         commands.add_parser(name, help=summary)
     generate = commands.add_parser(
@@ -80,18 +90,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 if what was asked for makes no sense, 1 if something else went wrong.
+        0, also if a signal stopped a command that can be continued; 2 if what was
+        asked for makes no sense, 1 if something else went wrong.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    is_kept = bool({"tour", *SUMMARIES} & set(arguments[:1]))
     try:
-        run_command(arguments)
+        with watch_signals() if is_kept else nullcontext():
+            run_command(arguments)
     except KeyboardInterrupt:
-        is_kept = arguments[:1] not in (["generate"], ["chat"])
         hint = "stopped; the same command goes on from here" if is_kept else ""
         print(f"\n{hint}", file=sys.stderr)
-        return 130
+        return 0 if is_kept else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -184,8 +196,20 @@ def run_tour(options: argparse.Namespace) -> None:
     _say_loading()
     from llama2_lite.runtime.tour import tour
 
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, but is {options.rounds}")
     tour(options.folder, seed=options.seed, recipe=options.config)
-    if not options.base_only:
+    if options.rounds is not None:
+        from llama2_lite.runtime.versions import tour_rounds
+
+        tour_rounds(
+            options.folder,
+            options.rounds,
+            seed=options.seed,
+            base_recipe=options.config,
+            recipe=options.rounds_config,
+        )
+    elif not options.base_only:
         from llama2_lite.runtime.alignment import finish_tour
 
         finish_tour(options.folder, options.seed, options.config)

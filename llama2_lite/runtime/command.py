@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from jsonargparse.typing import PositiveFloat
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,6 +16,7 @@ from llama2_lite.pretraining import best_precision
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.configs import explain, find_config, read_yaml
 from llama2_lite.runtime.progress import TrainingProgress, make_console
+from llama2_lite.runtime.stopping import Patience
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, fit, trainer_parts
 from llama2_lite.tokenizer import Tokenizer
 
@@ -75,6 +77,8 @@ class TrainingCommand(LightningCLI):
         add("--checkpoint_every", type=int, default=500, help="Steps between them.")
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
         add("--force", action="store_true", help="Start anew in a folder that is used.")
+        seconds, what = Patience.seconds, "Seconds that Ctrl-C and SIGTERM allow it."
+        add("--stop_within", type=PositiveFloat, default=seconds, help=what)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and turn each error into one that names the key and its neighbours."""
@@ -136,6 +140,7 @@ class TrainingCommand(LightningCLI):
 
     def run(self) -> None:
         """Train as the arguments say, or go on with what they began."""
+        Patience.seconds = self.config.stop_within
         folder = Path(self.config.output)
         if self.trainer.is_global_zero:
             claim_folder(folder, self.describe(), self.config.force)

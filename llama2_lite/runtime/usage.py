@@ -21,6 +21,8 @@ Stopped at any moment, the same command continues.
   --prompts '[ROMEO:]'     what the samples continue
   --seed N                 of the weights and the order of the data (0)
   --force                  start anew in a folder that is used
+  --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
+  --stop_within SECONDS    after Ctrl-C or SIGTERM: time to finish a step and save (25)
   --print_config           all keys with their values; =comments explains them
 """,
     "sft": """\
@@ -122,6 +124,8 @@ Stopped at any moment, the same command continues.
   --trainer.max_steps N    and every other argument of Lightning's Trainer
   --seed N                 of what is held out and the order of the data (0)
   --force                  start anew in a folder that is used
+  --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
+  --stop_within SECONDS    after Ctrl-C or SIGTERM: time to finish a step and save (25)
   --print_config           all keys with their values; =comments explains them
 """
 

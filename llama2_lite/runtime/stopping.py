@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM end a command: soon, and a second one at once.
+
+Python runs its handlers of signals between two instructions of the main thread, which
+may be waiting for another process, or for a disk. So a thread reads the signals as well
+and ends the process when the main thread does not do it in time.
+"""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Patience:
+    """How long a signal may remain without effect.
+
+    Attributes:
+        seconds: torchrun and SLURM kill after 30.
+    """
+
+    seconds = 25.0
+
+
+@contextmanager
+def watch_signals() -> Iterator[None]:
+    """End the process at a second signal, or some time after the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_follow, args=(reader,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+
+
+def _follow(reader: socket.socket) -> None:
+    """Read signals until the other end is closed."""
+    first = 0
+    with reader:
+        while True:
+            try:
+                numbers = reader.recv(16)
+            except TimeoutError:
+                _end(first, f"not saved within {Patience.seconds:g} seconds; ")
+            if not numbers:
+                return
+            for number in numbers:
+                if number in STOPPING and first:
+                    _end(number)
+                elif number in STOPPING:
+                    first = number
+                    reader.settimeout(Patience.seconds)
+
+
+def _end(number: int, reason: str = "") -> None:
+    """End the process, whatever its other threads do."""
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # progress bars hide it
+    line = f"{show_cursor}\n{reason}the same command goes on from the last checkpoint\n"
+    os.write(2, line.encode())
+    os._exit(128 + number)
