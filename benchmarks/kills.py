@@ -2,10 +2,11 @@
 
 Each stage is run as the real command on data and a model of a few thousand weights,
 killed (SIGKILL) at random moments, half of them aimed into a save, and started again
-until it is done; then the next run begins, until there were enough kills. What every
-run leaves, the last checkpoint with weights and optimizer, the model folder, sampled
-data and figures, has to be the same, byte for byte, as what a run leaves that nobody
-killed.
+until it is done; then the next run begins, until there were enough kills. One more run
+is killed after each step, at the boundaries of the data's epochs too. What every run
+leaves, the last checkpoint with weights and optimizer, the model folder, sampled data
+and figures, has to be the same, byte for byte, as what a run leaves that nobody killed.
+With `--signal TERM` or `INT` runs are asked to stop instead: that has to be exit code 0.
 
 Processes are forked from one that has imported PyTorch, so that a start costs a second.
 """
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -60,7 +62,7 @@ def make_world(folder: Path) -> None:
         content = "\n".join(map(json.dumps, lines))
         (folder / f"{name}.jsonl").write_text(content, "utf-8")
     texts = [f"[INST] {r['prompt']} [/INST] {r['chosen']}" for r in records]
-    (folder / "text.txt").write_text("\n".join(texts * 4), "utf-8")
+    (folder / "text.txt").write_text("\n".join(texts), "utf-8")
     rest = [" ".join(r["rejected"] for r in records), "<<SYS>> Be kind. <</SYS>>"]
     tokenizer = train_tokenizer([*texts, *rest], folder / "t.model", 320)
     torch.manual_seed(0)
@@ -137,21 +139,24 @@ class Campaign:
         world: folder of `make_world`.
         folder: for the runs.
         stage: which command.
-        generator: of the moments.
+        seed: of the moments.
+        number: of the signal.
     """
 
-    def __init__(self, world: Path, folder: Path, stage: str, generator: random.Random):
+    def __init__(self, world: Path, folder: Path, stage: str, seed: int, number: int):
         self.world, self.folder, self.stage = world, folder, stage
-        self.random = generator
+        self.random = random.Random(f"{seed} {stage}")
+        self.signal = number
         self.hit: dict[str, int] = {}
-        self.runs = self.saves = 0
-        self.save_seconds = 0.0
+        self.starts: list[int] = []
+        self.different: list[str] = []
+        self.slowest = self.save_seconds = 0.0
 
-    def start(self, output: Path) -> BaseProcess:
+    def start(self, output: Path, *more: str) -> BaseProcess:
         """Start the command, or continue what it began."""
         self.output, self.began = output, time.time()
         self.left_over = {path: _stamp(path) for path in self._partial()}
-        command = arguments(self.world, self.stage, output)
+        command = [*arguments(self.world, self.stage, output), *more]
         log = output.with_suffix(".log")
         process = CONTEXT.Process(target=run_command, args=(command, log))
         process.start()
@@ -221,45 +226,83 @@ class Campaign:
             return "after its last step"
         return "between saves"
 
-    def run(self, kills: int) -> dict[str, Any]:
-        """Kill so often; what happened as a dictionary."""
-        expected = self.undisturbed()
-        different: list[str] = []
-        left, longest, since = kills, 0, time.time()
-        while left:
-            self.runs += 1
-            output, starts = self.folder / f"{self.stage}-{self.runs}", 0
+    def stop(self, process: BaseProcess) -> None:
+        """Send the signal, wait for the end, and note what it interrupted."""
+        assert process.pid
+        os.kill(process.pid, self.signal)
+        since = time.perf_counter()
+        process.join()
+        self.slowest = max(self.slowest, time.perf_counter() - since)
+        if self.signal != signal.SIGKILL:
+            self.check_exit(process)
+        phase = self.phase()
+        self.hit[phase] = self.hit.get(phase, 0) + 1
+
+    def compare(self, starts: int) -> None:
+        """Note what the run that has just ended left otherwise than it should."""
+        self.starts.append(starts)
+        found = outcome(self.output)
+        self.different += [
+            f"{self.output.name}: {name}"
+            for name in {**self.expected, **found}
+            if self.expected.get(name) != found.get(name)
+        ]
+        if not self.different:
+            shutil.rmtree(self.output)
+
+    def kill_at_random(self, kills: int) -> None:
+        """Runs that are killed so often, all together."""
+        while kills:
+            output, starts = self.folder / f"{self.stage}-{len(self.starts)}", 0
             while True:
                 starts += 1
                 process = self.start(output)
-                if left and self.wait(process):
-                    process.kill()
-                    process.join()
-                    phase = self.phase()
-                    self.hit[phase] = self.hit.get(phase, 0) + 1
-                    left -= 1
-                else:
-                    self.check_exit(process)
+                if not kills or not self.wait(process):
                     break
-            longest = max(longest, starts)
-            found = outcome(output)
-            names = {**expected, **found}
-            different += [
-                f"{output.name}: {name}"
-                for name in names
-                if expected.get(name) != found.get(name)
-            ]
-            shutil.rmtree(output)
+                self.stop(process)
+                kills -= 1
+            self.check_exit(process)
+            self.compare(starts)
+
+    def kill_after_each_step(self) -> None:
+        """A run each of whose processes makes a step, or two if it is too quick."""
+        output, starts, seen = self.folder / f"{self.stage}-steps", 0, ""
+        while True:
+            starts += 1
+            process = self.start(output, "--checkpoint_every=1")
+            while process.is_alive() and newest(output) <= seen:
+                time.sleep(0.0005)
+            if newest(output) <= seen:
+                break
+            seen = newest(output)
+            self.stop(process)
+        self.check_exit(process)
+        self.compare(starts)
+
+    def run(self, kills: int) -> dict[str, Any]:
+        """Do it all; what happened as a dictionary."""
+        self.expected, since = self.undisturbed(), time.time()
+        self.kill_after_each_step()
+        after_steps = sum(self.hit.values())
+        self.hit.clear()
+        self.kill_at_random(kills)
         return {
-            "kills": kills,
-            "killed": dict(sorted(self.hit.items())),
-            "runs": self.runs,
-            "most starts of a run": longest,
-            "files compared": len(expected),
-            "different": different,
+            "killed after a step": after_steps,
+            "killed at random": dict(sorted(self.hit.items())),
+            "runs": len(self.starts),
+            "most starts of a run": max(self.starts),
+            "files compared": len(self.expected),
+            "different": self.different,
+            "slowest end in seconds": round(self.slowest, 2),
             "seconds of a run": round(self.seconds, 2),
             "minutes": round((time.time() - since) / 60, 1),
         }
+
+
+def newest(output: Path) -> str:
+    """Name of the newest checkpoint of a run."""
+    paths = output.glob("checkpoints/step-*")
+    return max((path.name for path in paths if not path.suffix), default="")
 
 
 def _stamp(path: Path) -> int | None:
@@ -270,11 +313,15 @@ def _stamp(path: Path) -> int | None:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """A checksum of each file that a run leaves, but for logs and configuration."""
+    """A checksum of each file that a run leaves.
+
+    Logs and the configuration only have to be there.
+    """
     last = max((folder / "checkpoints").glob("step-*"))
     places = [last, *(folder / part for part in PARTS)]
     files = [f for place in places for f in (place, *place.rglob("*")) if f.is_file()]
-    return {
+    names = (path.name for path in folder.iterdir())
+    return dict.fromkeys(names, "") | {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
     }
@@ -296,6 +343,7 @@ def main() -> None:
     add("--stage", action="append", choices=STAGES, help="(all of them)")
     add("--kills", type=int, default=50, help="of each stage (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    add("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="(KILL)")
     add("--output", type=Path, help="JSON file (benchmarks/results/kills-MACHINE.json)")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -308,11 +356,12 @@ def main() -> None:
         world.mkdir()
         in_process(make_world, world)
         for stage in options.stage or STAGES:
-            moments = random.Random(f"{options.seed} {stage}")
-            campaign = Campaign(world, Path(folder), stage, moments)
+            number = signal.Signals[f"SIG{options.signal}"]
+            campaign = Campaign(world, Path(folder), stage, options.seed, number)
             found[stage] = campaign.run(options.kills)
             print(stage, json.dumps(found[stage]), flush=True)
-    result = {"machine": machine_name(), "seed": options.seed, "one process": found}
+    result = {"machine": machine_name(), "seed": options.seed}
+    result |= {"signal": options.signal, "one process": found}
     if options.output:
         write_json(options.output, result)
     if any(figures["different"] for figures in found.values()):
