@@ -5,6 +5,7 @@ multi-head, grouped-query and multi-query attention, the speed of decoding with 
 caches, and the two ways to compute attention on a CPU.
 """
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama2_lite.attention import attend_written_out
+from llama2_lite.attention import attend_written_out, causal_mask
 from llama2_lite.corpus import TokenDataset, write_shards
 from llama2_lite.layers import feed_forward_size
 from llama2_lite.model import Llama, LlamaConfig
@@ -193,30 +194,40 @@ def decoding() -> list[dict[str, Any]]:
     ]
 
 
-def built_in(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def built_in(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
 def paths() -> list[dict[str, Any]]:
-    """Seconds, forward and backward, of 4,096 tokens in rows of several lengths."""
+    """Seconds, forward and backward, of 4,096 tokens in rows of several lengths.
+
+    With a mask, each row holds two texts that do not see each other.
+    """
     results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for length in CONFIG["row_lengths"]:
-            shape = (4096 // length, length, 8, 32)
-            q, k, v = (
-                torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_()
-                for _ in range(3)
-            )
-            record: dict[str, Any] = {"dtype": str(dtype)[6:], "length": length}
-            for attend in (built_in, attend_written_out):
+    for dtype, masked, length in itertools.product(
+        (torch.bfloat16, torch.float32), (False, True), CONFIG["row_lengths"]
+    ):
+        shape = (4096 // length, length, 8, 32)
+        q, k, v = (
+            torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_()
+            for _ in range(3)
+        )
+        mask = None
+        if masked:
+            text = torch.arange(length) < torch.randint(1, length, (len(q), 1))
+            same = text[:, :, None] == text[:, None]
+            mask = (same & causal_mask(length, length))[:, None]  # (B, 1, T, T)
+        record: dict[str, Any] = {"dtype": str(dtype)[6:], "length": length}
+        record["masked"] = masked
+        for attend in (built_in, attend_written_out):
 
-                def run(attend: Any = attend, inputs: Any = (q, k, v)) -> None:
-                    out = attend(*inputs)
-                    out.backward(torch.ones_like(out))
+            def run(attend: Any = attend, inputs: Any = (q, k, v, mask)) -> None:
+                out = attend(*inputs)
+                out.backward(torch.ones_like(out))
 
-                record[attend.__name__] = median_seconds(run)
-            print(record, file=sys.stderr, flush=True)
-            results.append(record)
+            record[attend.__name__] = median_seconds(run)
+        print(record, file=sys.stderr, flush=True)
+        results.append(record)
     return results
 
 

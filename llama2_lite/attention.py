@@ -26,8 +26,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ):
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,11 +75,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
                 scores = scores.masked_fill(~mask, float("-inf"))
             return (scores.softmax(-1) @ v).reshape(q.shape)
         return F.scaled_dot_product_attention(groups, k, v, mask).reshape(q.shape)
+    is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if is_bf16_on_cpu and n_new == n_total <= WRITTEN_OUT_UP_TO:
+        return attend_written_out(q, k, v, mask)
     shared = k.shape[1] != n_heads
     if mask is None and n_new == n_total:
-        is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if is_bf16_on_cpu and n_new <= WRITTEN_OUT_UP_TO:
-            return attend_written_out(q, k, v)
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=shared
         )
@@ -88,14 +88,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=shared)
 
 
-def attend_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by two matrix products; q (B, H, T, D), k and v (B, K, T, D)."""
+def attend_written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """`attend` by two matrix products; all T tokens are new."""
     n_heads, n_tokens, head_dim = q.shape[1:]
     if k.shape[1] != n_heads:
         k, v = (x.repeat_interleave(n_heads // x.shape[1], dim=1) for x in (k, v))
-    future = q.new_full((n_tokens, n_tokens), float("-inf")).triu(1)
+    if mask is None:
+        hidden = q.new_full((n_tokens, n_tokens), float("-inf")).triu(1)
+    else:
+        hidden = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        hidden = hidden.expand(*q.shape[:2], -1, -1).flatten(0, 1)  # (B H, T, T)
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
-    scores = torch.baddbmm(future, rows, keys.mT, alpha=head_dim**-0.5)  # (B H, T, T)
+    scores = torch.baddbmm(hidden, rows, keys.mT, alpha=head_dim**-0.5)  # (B H, T, T)
     return torch.bmm(scores.softmax(-1), values).view(q.shape)
 
 

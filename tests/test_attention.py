@@ -60,9 +60,9 @@ def written_out_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the queries with which the path written out was taken."""
     calls = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         calls.append(q.shape)
-        return attend_written_out(q, k, v)
+        return attend_written_out(q, k, v, mask)
 
     monkeypatch.setattr(attention_module, "attend_written_out", spy)
     return calls
@@ -128,10 +128,28 @@ def test_what_the_choice_depends_on(written_out_calls: list[torch.Size]) -> None
     attend(*heads(2, 1, limit + 1, limit + 1, bf16))  # long
     attend(*heads(2, 1, 16, 20, bf16))  # something came before
     attend(*heads(2, 1, 1, 16, bf16))  # generating
-    attend(*heads(2, 1, 16, 16, bf16), causal_mask(16, 16))  # a mask
+    attend(*heads(2, 1, 16, 16), causal_mask(16, 16))  # fp32 with a mask
     assert not written_out_calls
     attend(*heads(2, 1, limit, limit, bf16))
-    assert len(written_out_calls) == 1
+    attend(*heads(2, 1, limit, limit, bf16), causal_mask(limit, limit))
+    assert len(written_out_calls) == 2
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), HEADS)
+@pytest.mark.parametrize("n_masks", [1, 2])
+def test_both_paths_keep_to_a_mask(n_heads: int, n_kv_heads: int, n_masks: int) -> None:
+    inputs = heads(n_heads, n_kv_heads, 33, 33)
+    mask = torch.rand(n_masks, 1, 33, 33, generator=torch.Generator().manual_seed(0))
+    mask = (mask < 0.5) | torch.eye(33, dtype=torch.bool)  # nobody looks at nothing
+    built_in, written_out = attend(*inputs, mask), attend_written_out(*inputs, mask)
+    torch.testing.assert_close(written_out, built_in)
+    weights = torch.randn(built_in.shape, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(
+        torch.autograd.grad((written_out * weights).sum(), inputs),
+        torch.autograd.grad((built_in * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_softmax_computes_in_fp32() -> None:
