@@ -39,7 +39,7 @@ def make_sides(preset: str, dtype: torch.dtype) -> tuple[Llama, dict[str, Side]]
         model.save_pretrained(Path(folder) / "model")
         theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
     model, theirs = model.to(DEVICE).eval(), theirs.to(DEVICE).eval()
-    copies = {compiled: for_decoding(model, compiled) for compiled in (False, True)}
+    copy = for_decoding(model)
 
     def ours(
         model: Llama, prompts: torch.Tensor, compiled: bool = False
@@ -65,8 +65,8 @@ def make_sides(preset: str, dtype: torch.dtype) -> tuple[Llama, dict[str, Side]]
     return model, {
         "transformers": transformers,
         "ours, no copy for decoding": lambda prompts: ours(model, prompts),
-        "ours": lambda prompts: ours(copies[False], prompts),
-        "ours, compiled": lambda prompts: ours(copies[True], prompts, True),
+        "ours": lambda prompts: ours(copy, prompts),
+        "ours, compiled": lambda prompts: ours(copy, prompts, True),
     }
 
 

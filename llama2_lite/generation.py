@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import mkldnn
 
 from llama2_lite.attention import Attention, KVCache, attend, causal_mask
-from llama2_lite.layers import FeedForward, apply_rope
+from llama2_lite.layers import FeedForward, RMSNorm, apply_rope
 from llama2_lite.model import Llama
 from llama2_lite.tokenizer import Tokenizer
 
@@ -364,34 +365,41 @@ def stream_text(
 
 
 class DecodingLinear(nn.Linear):
-    """Several linear layers of one input, joined and laid out for single rows."""
+    """Several linear layers of one input, joined; without gradients."""
 
-    def __init__(self, *layers: nn.Linear, compiled: bool):
+    def __init__(self, *layers: nn.Linear):
         nn.Module.__init__(self)
         weights = torch.cat([layer.weight.detach() for layer in layers])
         self.out_features, self.in_features = weights.shape
-        laid_out = weights if compiled else weights.T.contiguous().T
-        self.weight = nn.Parameter(laid_out, requires_grad=False)
+        self.weight = nn.Parameter(weights, requires_grad=False)
         self.register_parameter("bias", None)
+        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """From (..., C) to the outputs of all layers, side by side."""
-        if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
-            # compiled, the sum reads the matrix three times as fast as a product does
-            return (x.flatten() * self.weight).sum(-1).view(*x.shape[:-1], -1)
+        if torch.compiler.is_compiling():
+            if x.numel() == x.shape[-1]:
+                # compiled, the sum reads the matrix three times as fast as a product
+                return (x.flatten() * self.weight).sum(-1).view(*x.shape[:-1], -1)
+        elif x.is_cpu and x.dtype == torch.float32 and mkldnn.is_available():
+            if self.packed is None:
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            return torch.ops.mkldnn._linear_pointwise(
+                x, self.packed, None, "none", [], ""
+            )
         return super().forward(x)
 
 
 class DecodingAttention(nn.Module):
     """An `Attention` with one matrix for queries, keys and values."""
 
-    def __init__(self, layer: Attention, compiled: bool):
+    def __init__(self, layer: Attention):
         super().__init__()
         self.head_dim = layer.head_dim
         sizes = [w.out_features // layer.head_dim for w in (layer.wq, layer.wk)]
         self.n_heads, self.n_kv_heads = sizes
-        self.wqkv = DecodingLinear(layer.wq, layer.wk, layer.wv, compiled=compiled)
-        self.wo = DecodingLinear(layer.wo, compiled=compiled)
+        self.wqkv = DecodingLinear(layer.wq, layer.wk, layer.wv)
+        self.wo = DecodingLinear(layer.wo)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache
@@ -408,10 +416,10 @@ class DecodingAttention(nn.Module):
 class DecodingFeedForward(nn.Module):
     """A `FeedForward` with one matrix for gate and signal."""
 
-    def __init__(self, layer: FeedForward, compiled: bool):
+    def __init__(self, layer: FeedForward):
         super().__init__()
-        self.w13 = DecodingLinear(layer.w1, layer.w3, compiled=compiled)
-        self.w2 = DecodingLinear(layer.w2, compiled=compiled)
+        self.w13 = DecodingLinear(layer.w1, layer.w3)
+        self.w2 = DecodingLinear(layer.w2)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `FeedForward`."""
@@ -419,24 +427,28 @@ class DecodingFeedForward(nn.Module):
         return self.w2(F.silu(gate) * signal)
 
 
-def for_decoding(model: Llama, compiled: bool = False) -> Llama:
-    """A copy of a model that decodes faster on a CPU; it cannot be trained or saved.
+def decoding_norm(layer: RMSNorm) -> nn.RMSNorm:
+    """PyTorch's own norm, which starts fewer operations, with a layer's weights."""
+    norm = nn.RMSNorm(layer.weight.shape[0], eps=layer.eps, device="meta")
+    norm.weight = layer.weight
+    return norm
+
+
+def for_decoding(model: Llama) -> Llama:
+    """A copy of a model that decodes faster; it cannot be trained or saved.
 
     Embedding and norms are those of the model; later changes of its other weights do
     not reach the copy.
-
-    Args:
-        compiled: lay matrices out for `generate` with ``compiled=True``.
     """
     with torch.device("meta"):
-        copy = Llama(model.config)
-    copy.tok_embeddings, copy.norm = model.tok_embeddings, model.norm
-    copy.output = DecodingLinear(model.output, compiled=compiled)
+        copy: Any = Llama(model.config)
+    copy.tok_embeddings, copy.norm = model.tok_embeddings, decoding_norm(model.norm)
+    copy.output = DecodingLinear(model.output)
     copy.cos, copy.sin = model.cos, model.sin
-    blocks: Any = zip(copy.layers, model.layers, strict=True)
-    for block, source in blocks:
-        block.attention = DecodingAttention(source.attention, compiled)
-        block.feed_forward = DecodingFeedForward(source.feed_forward, compiled)
-        block.attention_norm = source.attention_norm
-        block.ffn_norm = source.ffn_norm
+    layers: Any = model.layers
+    for block, source in zip(copy.layers, layers, strict=True):
+        block.attention = DecodingAttention(source.attention)
+        block.feed_forward = DecodingFeedForward(source.feed_forward)
+        block.attention_norm = decoding_norm(source.attention_norm)
+        block.ffn_norm = decoding_norm(source.ffn_norm)
     return copy.eval()

@@ -306,8 +306,8 @@ def test_the_copy_for_decoding_writes_the_same(sizes):
     model = random_model(**sizes)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens = torch.randint(50, (3, 9))
+    copy = for_decoding(model)
     for compiled in (False, True):
-        copy = for_decoding(model, compiled)
         cached = copy(tokens, cache=copy.new_cache(3, 9))
         torch.testing.assert_close(cached, model(tokens), atol=1e-5, rtol=1e-5)
         for prompts in ([[1, 2, 3], [9]], [[4, 5]]):
@@ -319,6 +319,15 @@ def test_the_copy_for_decoding_writes_the_same(sizes):
     assert not any(
         weight.requires_grad for weight in copy.layers[0].attention.parameters()
     )
+
+
+def test_a_copy_for_decoding_in_half_precision():
+    model = random_model().bfloat16()
+    tokens = torch.randint(50, (3, 9))
+    copy = for_decoding(model)
+    found, expected = copy(tokens, cache=copy.new_cache(3, 9)), model(tokens)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
 
 
 # The stream
