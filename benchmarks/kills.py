@@ -6,7 +6,7 @@ until it is done; then the next run begins, until there were enough kills. One m
 is killed after each step, at the boundaries of the data's epochs too. What every run
 leaves, the last checkpoint with weights and optimizer, the model folder, sampled data
 and figures, has to be the same, byte for byte, as what a run leaves that nobody killed.
-With `--signal TERM` or `INT` runs are asked to stop instead: that has to be exit code 0.
+With `--signal TERM` or `INT` runs are asked to stop instead, with exit code 0.
 
 Processes are forked from one that has imported PyTorch, so that a start costs a second.
 """
@@ -126,7 +126,8 @@ def run_command(arguments: list[str], log: Path) -> None:
     """Run a command in this process as a user does; what it prints goes to a file."""
     from llama2_lite.runtime.cli import main
 
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log.touch()  # from now on, `Campaign.start` returns
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.exit(main(arguments))
@@ -154,12 +155,15 @@ class Campaign:
 
     def start(self, output: Path, *more: str) -> BaseProcess:
         """Start the command, or continue what it began."""
-        self.output, self.began = output, time.time()
+        self.output, self.began = output, time.time() - 0.01  # clocks of files lag
         self.left_over = {path: _stamp(path) for path in self._partial()}
         command = [*arguments(self.world, self.stage, output), *more]
         log = output.with_suffix(".log")
         process = CONTEXT.Process(target=run_command, args=(command, log))
         process.start()
+        while (_stamp(log) or 0) < self.began * 1e9 and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(0.02)  # the command is being called and listens to signals
         return process
 
     def _partial(self) -> list[Path]:
@@ -229,13 +233,15 @@ class Campaign:
     def stop(self, process: BaseProcess) -> None:
         """Send the signal, wait for the end, and note what it interrupted."""
         assert process.pid
+        phase = self.phase()
         os.kill(process.pid, self.signal)
         since = time.perf_counter()
         process.join()
         self.slowest = max(self.slowest, time.perf_counter() - since)
-        if self.signal != signal.SIGKILL:
+        if self.signal == signal.SIGKILL:
+            phase = self.phase()
+        else:
             self.check_exit(process)
-        phase = self.phase()
         self.hit[phase] = self.hit.get(phase, 0) + 1
 
     def compare(self, starts: int) -> None:
