@@ -4,11 +4,12 @@ Exported from book/07_model.md, which explains every part. Edit it there,
 then `make export`.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,36 +166,50 @@ class TransformerBlock(nn.Module):
 class Llama(nn.Module):
     """The Llama 2 language model (paper §2.2), with Meta's parameter names.
 
-    Random weights come from torch's global generator: call ``torch.manual_seed``.
+    Its weights are random, by `init_weights`: call ``torch.manual_seed`` before. On
+    the device "meta" it has shapes only, and takes no memory.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config) for _ in range(config.n_layers)
-        )
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # PyTorch would draw weights that are not ours
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            self.layers = nn.ModuleList(
+                TransformerBlock(config) for _ in range(config.n_layers)
+            )
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
-        self.init_weights()
+        self._derive()
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
 
-    def init_weights(self) -> None:
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
         """Fill all parameters and the rotary tables, on the device they are on.
 
         Normal with standard deviation 0.02, divided by sqrt(2 L) for the matrices that
         write to the residual stream. Source: Radford et al., 2019 (the paper: none).
+
+        Args:
+            seed: drawn from torch's global generator if left out. Each matrix depends
+                on it and on its own name only.
         """
+        if seed is None:
+            seed = int(torch.randint(2**31, (), device="cpu"))
         self._derive()
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                nn.init.ones_(parameter)
-            else:
+            weight = torch.ones(parameter.shape, device=parameter.device)
+            if parameter.dim() > 1:
                 writes = name.endswith(("wo.weight", "w2.weight"))
                 scale = math.sqrt(2 * self.config.n_layers) if writes else 1.0
-                nn.init.normal_(parameter, std=0.02 / scale)
+                random = named_generator(seed, name, parameter.device)
+                weight.normal_(std=0.02 / scale, generator=random)
+            parameter.copy_(weight)
 
     def _derive(self) -> None:
         """Set what follows from the configuration: tied weights, rotary tables."""
@@ -279,30 +294,45 @@ class Llama(nn.Module):
             ValueError: if it holds another kind of model, or a tensor is missing, has
                 another shape, or is not expected.
         """
-        folder = Path(folder)
-        is_meta = not (folder / "config.json").is_file()
-        config, shards = (read_meta if is_meta else read_hugging_face)(folder)
+        config, shards = read_folder(Path(folder))
         with torch.device("meta"):
             model = cls(config)
-        parameters = dict(model.named_parameters())
+        stored = next(iter(shards[0].values())).dtype
+        model.to(dtype or stored).to_empty(device=device)
+        model.load_weights(folder)
+        return model.eval()
+
+    @torch.no_grad()
+    def load_weights(self, folder: str | Path, ignore: Collection[str] = ()) -> None:
+        """Fill all parameters from a model folder, one at a time, and rotary tables.
+
+        Args:
+            folder: see `from_pretrained`.
+            ignore: names of tensors in the folder that this model has no use for.
+
+        Raises:
+            FileNotFoundError, ValueError: see `from_pretrained`.
+        """
+        folder = Path(folder)
+        _, shards = read_folder(folder)
+        is_meta = "tok_embeddings.weight" in shards[0]
+        self._derive()
+        parameters = dict(self.named_parameters())
         names = {
             name: name if is_meta else hugging_face_name(name) for name in parameters
         }
         for shard in shards:
-            check_names(folder, set(names.values()), set(shard))
-        for name, expected in parameters.items():
+            check_names(folder, set(names.values()), set(shard) - set(ignore))
+        for name, parameter in parameters.items():
             tensor = join_shards(name, [shard[names[name]] for shard in shards])
-            if tensor.shape != expected.shape:
+            if tensor.shape != parameter.shape:
                 raise ValueError(
                     f"{folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
-                    f"but its configuration asks for {tuple(expected.shape)}"
+                    f"but its configuration asks for {tuple(parameter.shape)}"
                 )
             if not is_meta and name.endswith(ROTARY):
-                tensor = rotary_pairs(tensor, config.head_dim)
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner.weight = nn.Parameter(tensor.to(device, dtype, copy=True))
-        model._derive()
-        return model.eval()
+                tensor = rotary_pairs(tensor, self.config.head_dim)
+            parameter.copy_(tensor.to(parameter.device))
 
     def save_pretrained(
         self,
@@ -340,6 +370,14 @@ class Llama(nn.Module):
             move_into_place(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def named_generator(
+    seed: int, name: str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Random numbers for one parameter, the same whatever else has been drawn."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 HUGGING_FACE_NAMES = {
@@ -564,6 +602,16 @@ def move_into_place(beside: Path, folder: Path) -> None:
         old.unlink(missing_ok=True)
     for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
         file.rename(folder / file.name)
+
+
+def read_folder(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:
+    """The configuration and the tensors of a model folder, in either layout.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Llama.from_pretrained`.
+    """
+    is_hugging_face = (folder / "config.json").is_file()
+    return read_hugging_face(folder) if is_hugging_face else read_meta(folder)
 
 
 def read_meta(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:

@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
 from llama2_lite.corpus import TokenDataset
@@ -84,6 +85,11 @@ class VocabularyLoss(torch.autograd.Function):
         )
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor; one that is divided among processes (chapter 10) is put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def vocabulary_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, piece: int = 512
 ) -> Tensor:
@@ -105,7 +111,8 @@ def vocabulary_loss(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return VocabularyLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), piece)
+    rows = hidden.flatten(0, -2)
+    return VocabularyLoss.apply(rows, whole(weight), targets.flatten(), piece)
 
 
 def configure_optimizer(
@@ -167,8 +174,31 @@ def best_precision() -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def _as_it_is(model: Llama) -> Llama:
+M = TypeVar("M", bound=nn.Module)
+
+
+def on_one_device(build: Callable[[], M], fill: Callable[[M], None]) -> M:
+    """Make a model without memory, give it memory, then values: the plain layout.
+
+    Args:
+        build: makes the model.
+        fill: gives its parameters their values, in place.
+    """
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        model = build()
+    model.to_empty(device=device)
+    fill(model)
     return model
+
+
+LayOut = Callable[[Callable[[], M], Callable[[M], None]], M]
+
+
+def processes(trainer: Trainer) -> tuple[int, int]:
+    """Rank and number of the processes that see different data."""
+    kwargs = trainer.distributed_sampler_kwargs
+    return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
 
 class PretrainingModule(LightningModule):
@@ -185,8 +215,7 @@ class PretrainingModule(LightningModule):
         weight_decay: of the matrices, see `configure_optimizer`.
         clip_norm: longer gradients are scaled to this length.
         seed: of the initial weights.
-        lay_out: places the model on devices and returns it; changes nothing by
-            default.
+        lay_out: makes the model where it should live, from `build` and `fill`.
     """
 
     model: Llama
@@ -199,7 +228,7 @@ class PretrainingModule(LightningModule):
         weight_decay: float = 0.1,
         clip_norm: float = 1.0,
         seed: int = 0,
-        lay_out: Callable[[Llama], Llama] = _as_it_is,
+        lay_out: LayOut[Any] = on_one_device,
     ):
         super().__init__()
         self.config = config
@@ -210,16 +239,20 @@ class PretrainingModule(LightningModule):
         self.seed = seed
         self.lay_out = lay_out
         self.first_bad_step = torch.tensor(-1)
+        self.step_loss = torch.tensor(0.0)
 
     def configure_model(self) -> None:
         """Build the model; Lightning calls this where its weights should live."""
         if not hasattr(self, "model"):
-            self.model = self.lay_out(self.build())
+            self.model = self.lay_out(self.build, self.fill)
 
     def build(self) -> Llama:
-        """A new model; fine-tuning opens one instead."""
-        torch.manual_seed(self.seed)
+        """The model, whose weights do not count yet."""
         return Llama(self.config)
+
+    def fill(self, model: Llama) -> None:
+        """Random weights; fine-tuning reads some instead."""
+        model.init_weights(self.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; `on_train_batch_start` sets its learning rate."""
@@ -234,6 +267,10 @@ class PretrainingModule(LightningModule):
         hidden = self.model(windows[:, :-1], return_hidden=True)
         return vocabulary_loss(hidden, self.model.output.weight, windows[:, 1:])
 
+    def weigh(self, batch: Tensor) -> Tensor | float:
+        """Weight of a batch among the parts of its step: 1, as all are as large."""
+        return 1.0
+
     def count_tokens(self, batch: Tensor) -> int:
         """How many tokens of a batch, (B, T + 1), are predicted: for the pace."""
         return batch[:, 1:].numel()
@@ -241,6 +278,7 @@ class PretrainingModule(LightningModule):
     def on_train_start(self) -> None:
         """Start the clock, and forget what went wrong before."""
         self.first_bad_step = torch.full((), -1, device=self.device)
+        self.step_loss = torch.zeros((), device=self.device)
         self._restart_clock()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -255,11 +293,11 @@ class PretrainingModule(LightningModule):
             group["lr"] = self.lr
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss of one batch, (B, T + 1)."""
-        loss = self.loss(batch)
+        """The loss of one batch, (B, T + 1), with its weight in the step."""
+        loss = self.loss(batch) * self.weigh(batch)
         self._note_if_bad(loss)
-        self.n_tokens += self.count_tokens(batch) * self.trainer.world_size
-        self.log("loss", loss, prog_bar=True)
+        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        self.n_tokens += self.count_tokens(batch) * processes(self.trainer)[1]
         return loss
 
     def configure_gradient_clipping(
@@ -268,12 +306,18 @@ class PretrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip; here and not by the trainer, which refuses fused optimizers."""
+        """Clip; here and not by the trainer, which refuses fused optimizers.
+
+        Called once a step, it also logs the loss of the step, over all its parts.
+        """
         if gradient_clip_val is not None:
             raise ValueError("set clip_norm instead of Trainer(gradient_clip_val=...)")
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm))
         self._note_if_bad(norm)
         self.log("gradient_norm", norm)
+        loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="mean")
+        self.log("loss", loss, prog_bar=True)
+        self.step_loss = torch.zeros_like(self.step_loss)
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Log the pace, and stop if a number is no longer finite."""
@@ -337,6 +381,10 @@ class MixedLengthLoader:
         shares: of the batches, one for each length.
         batch_sizes: windows of a batch of each length, over all processes.
         rank, world_size: which of how many processes this is.
+        n_parts: how many parts a process takes its share in; gradients accumulate.
+
+    Raises:
+        ValueError: if a batch cannot be divided evenly.
     """
 
     def __init__(
@@ -346,27 +394,32 @@ class MixedLengthLoader:
         batch_sizes: list[int],
         rank: int = 0,
         world_size: int = 1,
+        n_parts: int = 1,
     ):
+        total = world_size * n_parts
+        if uneven := [size for size in batch_sizes if size % total]:
+            raise ValueError(
+                f"a batch of {uneven[0]} cannot be divided evenly among {world_size} "
+                f"processes x {n_parts} parts to accumulate = {total}"
+            )
         self.datasets = datasets
         self.shares = shares
         self.batch_sizes = batch_sizes
         self.rank = rank
         self.world_size = world_size
+        self.n_parts = n_parts
         self.taken = [0] * len(datasets)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield (B, T + 1) tensors, int64, where B is the share of this process."""
-        kinds = range(len(self.datasets))
+        """Yield (B, T + 1) tensors, int64, the parts of this process in each step."""
+        kinds, n_parts = range(len(self.datasets)), self.world_size * self.n_parts
         while True:
             kind = min(kinds, key=lambda i: (self.taken[i] + 1) / self.shares[i])
             step = self.taken[kind]
             self.taken[kind] += 1
-            yield self.datasets[kind].batch(
-                step,
-                self.batch_sizes[kind] // self.world_size,
-                self.rank,
-                self.world_size,
-            )
+            size, first = self.batch_sizes[kind] // n_parts, self.rank * self.n_parts
+            for part in range(first, first + self.n_parts):
+                yield self.datasets[kind].batch(step, size, part, n_parts)
 
     def __len__(self) -> int:
         """More than any run takes: without a length, Lightning reads ahead by one."""
@@ -446,26 +499,18 @@ class TokenDataModule(LightningDataModule):
         self.held_out = TokenDataset(self.validation, max(lengths))
         self.tokens_per_character = self.held_out.n_tokens / self.held_out.n_characters
 
-    def _processes(self) -> tuple[int, int]:
-        """Rank and number of processes that see different data."""
-        kwargs = self.trainer.distributed_sampler_kwargs
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
     def train_dataloader(self) -> MixedLengthLoader:
         """Batches (B, T + 1) without end."""
-        rank, world_size = self._processes()
         shares = [share for share, _, _ in self.lengths]
         batch_sizes = [batch_size for _, _, batch_size in self.lengths]
-        for batch_size in batch_sizes:
-            if batch_size % world_size:
-                raise ValueError(
-                    f"{world_size} processes cannot share {batch_size} windows evenly"
-                )
-        return MixedLengthLoader(self.datasets, shares, batch_sizes, rank, world_size)
+        n_parts = self.trainer.accumulate_grad_batches
+        return MixedLengthLoader(
+            self.datasets, shares, batch_sizes, *processes(self.trainer), n_parts
+        )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """The first windows of the validation shards, in order."""
-        rank, world_size = self._processes()
+        rank, world_size = processes(self.trainer)
         n_windows = min(self.validation_windows, len(self.held_out))
         n_windows -= n_windows % world_size  # every process as many
         batch_size = min(size for _, _, size in self.lengths) // world_size

@@ -7,7 +7,7 @@ then `make export`.
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -23,20 +23,16 @@ from torch.utils.data import DataLoader
 
 from llama2_lite.chat import Dialog, answer, encode_dialog
 from llama2_lite.model import (
-    ROTARY,
     WEIGHTS,
     Llama,
     LlamaConfig,
-    check_names,
-    hugging_face_name,
     move_into_place,
     read_config,
     read_hugging_face,
     read_json,
-    rotary_pairs,
     write_json,
 )
-from llama2_lite.pretraining import PretrainingModule
+from llama2_lite.pretraining import LayOut, PretrainingModule, on_one_device, processes
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import (
@@ -299,12 +295,14 @@ class RewardModel(nn.Module):
         Raises:
             FileNotFoundError, ValueError: see `Llama.from_pretrained`.
         """
-        chat = Llama.from_pretrained(folder)
-        model = cls(chat.config)
-        weights = chat.state_dict()
-        weights["output.weight"] = weights["tok_embeddings.weight"]
-        model.llama.load_state_dict(weights)
-        return model
+        config = read_config(Path(folder) / "config.json")
+        return on_one_device(lambda: cls(config), lambda model: model.load_chat(folder))
+
+    @torch.no_grad()
+    def load_chat(self, folder: str | Path) -> None:
+        """Fill all weights as in `from_chat`."""
+        self.llama.load_weights(folder, ignore=["lm_head.weight"])
+        self.head.weight.zero_()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "RewardModel":
@@ -317,25 +315,21 @@ class RewardModel(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is not a model: it has no config.json")
-        config, (tensors,) = read_hugging_face(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        parameters = dict(model.llama.named_parameters())
-        names = {name: hugging_face_name(name) for name in parameters}
-        check_names(folder, {*names.values(), HEAD}, set(tensors))
-        state = {"head.weight": tensors[HEAD]}
-        for name, theirs in names.items():
-            is_rotary, tensor = name.endswith(ROTARY), tensors[theirs]
-            tensor = rotary_pairs(tensor, config.head_dim) if is_rotary else tensor
-            state[f"llama.{name}"] = tensor.clone()
-        state["llama.output.weight"] = state["llama.tok_embeddings.weight"]
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            problem = str(error).splitlines()[1].strip()
-            raise ValueError(f"{folder}: {problem}") from None
-        model.llama._derive()
-        return model.eval()
+        config = read_config(folder / "config.json")
+        opened = on_one_device(
+            lambda: cls(config), lambda model: model.load_weights(folder)
+        )
+        return opened.eval()
+
+    @torch.no_grad()
+    def load_weights(self, folder: str | Path) -> None:
+        """Fill all weights as in `from_pretrained`."""
+        _, (tensors,) = read_hugging_face(Path(folder))
+        if HEAD not in tensors:
+            raise ValueError(f"{folder}: tensor {HEAD} is missing")
+        head = self.head.weight
+        head.copy_(tensors[HEAD].view(head.shape).to(head.device))
+        self.llama.load_weights(folder, ignore=[HEAD])
 
     def save_pretrained(
         self,
@@ -538,17 +532,13 @@ class PreferenceDataModule(DialogDataModule):
 
     def val_dataloader(self) -> DataLoader[PairBatch]:  # type: ignore[override]
         """All pairs held out, in order."""
-        rank, world_size = self._processes()
+        rank, world_size = processes(self.trainer)
         numbers = range(rank, len(self.held_out), world_size)
         starts = range(0, len(numbers), self.batch_size)
         batches: Any = [
             self.held_out.pairs(numbers[i : i + self.batch_size]) for i in starts
         ]
         return DataLoader(batches, batch_size=None)
-
-
-def _as_it_is(model: Llama) -> Llama:
-    return model
 
 
 class RewardModule(PretrainingModule):
@@ -574,7 +564,7 @@ class RewardModule(PretrainingModule):
         safety_weight: float = 0.0,
         weight_decay: float = 0.1,
         clip_norm: float = 1.0,
-        lay_out: Callable[[Llama], Llama] = _as_it_is,
+        lay_out: LayOut[Any] = on_one_device,
     ):
         super().__init__(
             read_config(Path(chat) / "config.json"),
@@ -586,11 +576,13 @@ class RewardModule(PretrainingModule):
         self.chat = Path(chat)
         self.safety_weight = safety_weight
 
-    def configure_model(self) -> None:
-        """Open the chat model, and exchange its head."""
-        if not hasattr(self, "model"):
-            self.model = RewardModel.from_chat(self.chat)
-            self.model.llama = self.lay_out(self.model.llama)
+    def build(self) -> RewardModel:  # type: ignore[override]
+        """The chat model with one output."""
+        return RewardModel(self.config)
+
+    def fill(self, model: RewardModel) -> None:  # type: ignore[override]
+        """The weights of the chat model."""
+        model.load_chat(self.chat)
 
     def on_train_start(self) -> None:
         """Fix the warm-up, which depends on the number of steps."""

@@ -4,12 +4,11 @@ Exported from book/12_sft.md, which explains every part. Edit it there,
 then `make export`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,8 +23,11 @@ from llama2_lite.chat import (
 )
 from llama2_lite.model import Llama, read_config
 from llama2_lite.pretraining import (
+    LayOut,
     MixedLengthLoader,
     PretrainingModule,
+    on_one_device,
+    processes,
     vocabulary_loss,
 )
 from llama2_lite.town import Town, system_instructions
@@ -71,10 +73,6 @@ def sample_demonstrations(
     return dialogs
 
 
-def _as_it_is(model: Llama) -> Llama:
-    return model
-
-
 class SupervisedModule(PretrainingModule):
     """A Llama that learns to write the answers of dialogues.
 
@@ -100,7 +98,7 @@ class SupervisedModule(PretrainingModule):
         weight_decay: float = 0.1,
         clip_norm: float = 1.0,
         separate: bool = True,
-        lay_out: Callable[[Llama], Llama] = _as_it_is,
+        lay_out: LayOut[Any] = on_one_device,
     ):
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -116,9 +114,9 @@ class SupervisedModule(PretrainingModule):
         self.folder = folder
         self.separate = separate
 
-    def build(self) -> Llama:
-        """The model to start from."""
-        return Llama.from_pretrained(self.folder, torch.float32).train()
+    def fill(self, model: Llama) -> None:
+        """The weights to start from."""
+        model.load_weights(self.folder)
 
     def loss(self, batch: DialogBatch) -> Tensor:  # type: ignore[override]
         """Mean loss of the answers' tokens."""
@@ -184,24 +182,17 @@ class DialogDataModule(LightningDataModule):
         """Updates that see every window so many times."""
         return max(1, round(epochs * len(self.dataset) / self.batch_size))
 
-    def _processes(self) -> tuple[int, int]:
-        """Rank and number of processes that see different data."""
-        kwargs = self.trainer.distributed_sampler_kwargs
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
     def train_dataloader(self) -> MixedLengthLoader:
         """Batches without end."""
-        rank, world_size = self._processes()
-        if self.batch_size % world_size:
-            raise ValueError(
-                f"{world_size} processes cannot share {self.batch_size} windows evenly"
-            )
         datasets: list[Any] = [self.dataset]
-        return MixedLengthLoader(datasets, [1.0], [self.batch_size], rank, world_size)
+        n_parts = self.trainer.accumulate_grad_batches
+        return MixedLengthLoader(
+            datasets, [1.0], [self.batch_size], *processes(self.trainer), n_parts
+        )
 
     def val_dataloader(self) -> DataLoader[DialogBatch]:
         """The windows for validation, in order."""
-        rank, world_size = self._processes()
+        rank, world_size = processes(self.trainer)
         windows = self.held_out.windows
         mine = windows[rank : len(windows) // world_size * world_size : world_size]
         return DataLoader(

@@ -576,6 +576,7 @@ def test_killed_while_saving(exists, tmp_path):
         # a copy of this process, which has everything imported already
         child = os.fork()
         if not child:
+            torch.set_num_threads(1)  # a copy has no other threads
             try:
                 exec(code, {})
             finally:

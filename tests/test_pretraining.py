@@ -24,6 +24,7 @@ from llama2_lite.pretraining import (
     configure_optimizer,
     learning_rate,
     next_token_loss,
+    on_one_device,
     vocabulary_loss,
 )
 from llama2_lite.tokenizer import train_tokenizer
@@ -214,8 +215,8 @@ def test_schedule_rises_falls_and_ends_at_the_floor(
 def test_trainer_equals_a_plain_loop_to_the_last_bit(
     shards: Path, precision: Any
 ) -> None:
-    torch.manual_seed(0)
     model, plain = Llama(CONFIG), []
+    model.init_weights(seed=0)
     optimizer = configure_optimizer(model, 3e-3)
     dataset = TokenDataset(shards / "train", 16)
     for step in range(6):
@@ -240,7 +241,7 @@ def test_trainer_equals_a_plain_loop_to_the_last_bit(
 
 def test_accumulating_equals_a_larger_batch(shards: Path) -> None:
     whole = fit(shards, [(1.0, 32, 8)])
-    parts = fit(shards, [(1.0, 32, 4)], accumulate_grad_batches=2)
+    parts = fit(shards, [(1.0, 32, 8)], accumulate_grad_batches=2)
     summed = torch.tensor(parts).view(6, 2).sum(1)
     torch.testing.assert_close(summed, torch.tensor(whole), rtol=1e-5, atol=0)
 
@@ -270,15 +271,18 @@ def test_what_is_logged(shards: Path) -> None:
 
 
 def test_the_model_is_laid_out_by_the_function_given(shards: Path) -> None:
-    seen = []
+    seen: list[Any] = []
 
-    def lay_out(model: Llama) -> Llama:
-        seen.append(model)
-        return model
+    def lay_out(build: Any, fill: Any) -> Llama:
+        seen.append(on_one_device(build, fill))
+        return seen[0]
 
-    module = make_module(lay_out=lay_out)
+    module = make_module(lay_out=lay_out, peak_lr=0.0)
     make_trainer(1).fit(module, make_data(shards))
     assert seen == [module.model]
+    expected = Llama(CONFIG)
+    expected.init_weights(seed=0)
+    assert torch.equal(module.model.output.weight, expected.output.weight)
 
 
 # Lengths, and going on

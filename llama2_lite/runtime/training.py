@@ -20,9 +20,11 @@ from lightning.pytorch.loggers import Logger
 from llama2_lite.corpus import TokenDataset
 from llama2_lite.model import Llama
 from llama2_lite.pretraining import (
+    M,
     PretrainingModule,
     TokenDataModule,
     best_precision,
+    on_one_device,
     vocabulary_loss,
 )
 from llama2_lite.runtime.checkpoints import (
@@ -81,12 +83,13 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def compile_blocks(model: Llama) -> Llama:
+def compile_blocks(build: Callable[[], M], fill: Callable[[M], None]) -> M:
     """Compile each block: half a minute that pays off in runs of many minutes.
 
     For `llama2_lite.pretraining.PretrainingModule`'s ``lay_out``. Parameter names stay
     as they are.
     """
+    model: Any = on_one_device(build, fill)
     for layer in model.layers:
         layer.compile()
     return model
