@@ -11,11 +11,11 @@ WAITING = """
 import sys
 from datetime import timedelta
 from torch.distributed import TCPStore
-from llama2_lite.runtime.stopping import Patience, watch_signals
+from llama2_lite.runtime.stopping import Watch, watch_signals
 
 signal_handler = __import__("signal").signal
 signal_handler(15, lambda *_: None)
-Patience.seconds = float(sys.argv[1])
+Watch.seconds = float(sys.argv[1])
 store = TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=100))
 with watch_signals():
     print("waiting", flush=True)

@@ -248,18 +248,29 @@ class Checkpoints(Checkpoint):
         self.stops = False
         self.random_states: dict[str, Any] | None = None
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Listen to signals; one process alone is stopped at once until it trains."""
+        if stage == "fit" and trainer.world_size > 1:
+            self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
+        self.speaks = trainer.is_global_zero
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, self._on_signal)
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore the random numbers, and listen to signals until training ends."""
         self.step = trainer.global_step
+        self._listen(trainer)
+        if self._asked_to_stop(trainer):
+            raise Stopped(f"stopped at step {self.step}")
         if self.random_states is not None:
             random.setstate(self.random_states["python"])
             np.random.set_state(self.random_states["numpy"])  # noqa: NPY002
             torch.set_rng_state(self.random_states["torch"])
             if len(self.random_states["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self.random_states["cuda"])
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(name, self._on_signal)
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, *args: Any
@@ -276,7 +287,8 @@ class Checkpoints(Checkpoint):
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        os.write(2, b"\nsaving after this step; once more stops at once\n")
+        if self.speaks:
+            os.write(2, b"\nsaving after this step; once more stops at once\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, *args: Any
@@ -294,10 +306,15 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_if_due(trainer)
 
-    def _save_if_due(self, trainer: Trainer) -> None:
+    def _asked_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any process was: all of them stop after the same step."""
         stops = bool(self.signal)
-        if trainer.world_size > 1:  # all processes stop after the same step
+        if trainer.world_size > 1:
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+        return stops
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        stops = self._asked_to_stop(trainer)
         if stops or self.step % self.every == 0 or self.step == trainer.max_steps:
             path = self.folder / f"step-{self.step:08}"
             trainer.save_checkpoint(path)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
-from llama2_lite.runtime.stopping import watch_signals
+from llama2_lite.runtime.stopping import Watch, watch_signals
 from llama2_lite.runtime.usage import SUMMARIES, usage
 
 DEBUG = "LLAMA2_LITE_DEBUG"
@@ -101,15 +101,28 @@ def main(arguments: list[str] | None = None) -> int:
         with watch_signals() if is_kept else nullcontext():
             run_command(arguments)
     except KeyboardInterrupt:
-        hint = "stopped; the same command goes on from here" if is_kept else ""
-        print(f"\n{hint}", file=sys.stderr)
-        return 0 if is_kept else 130
+        return report_stop(is_kept)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, RuntimeError) and Watch.signal:  # others are gone already
+            return report_stop(is_kept)
         return report(error)
     return 0
+
+
+def report_stop(is_kept: bool) -> int:
+    """Print what becomes of a command that a signal stopped; return the exit code."""
+    hint = "stopped; the same command goes on from here" if is_kept else ""
+    if is_first_process():
+        print(f"\n{hint}", file=sys.stderr)
+    return 0 if is_kept else 130
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a run, or the one that speaks for all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -123,7 +136,8 @@ def _show_warning(message: Warning | str, *args: Any) -> None:
 def report(error: Exception) -> int:
     """Print one line about an error and return the exit code."""
     if type(error).__name__ == "Stopped":
-        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        if is_first_process():
+            print(f"{error}; the same command goes on from there", file=sys.stderr)
         return 0
     if os.environ.get(DEBUG):
         raise error

@@ -16,7 +16,7 @@ from llama2_lite.pretraining import best_precision
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.configs import explain, find_config, read_yaml
 from llama2_lite.runtime.progress import TrainingProgress, make_console
-from llama2_lite.runtime.stopping import Patience
+from llama2_lite.runtime.stopping import Watch
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, fit, trainer_parts
 from llama2_lite.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class TrainingCommand(LightningCLI):
         add("--checkpoint_every", type=int, default=500, help="Steps between them.")
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
         add("--force", action="store_true", help="Start anew in a folder that is used.")
-        seconds, what = Patience.seconds, "Seconds that Ctrl-C and SIGTERM allow it."
+        seconds, what = Watch.seconds, "Seconds that Ctrl-C and SIGTERM allow it."
         add("--stop_within", type=PositiveFloat, default=seconds, help=what)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -140,7 +140,7 @@ class TrainingCommand(LightningCLI):
 
     def run(self) -> None:
         """Train as the arguments say, or go on with what they began."""
-        Patience.seconds = self.config.stop_within
+        Watch.seconds = self.config.stop_within
         folder = Path(self.config.output)
         if self.trainer.is_global_zero:
             claim_folder(folder, self.describe(), self.config.force)

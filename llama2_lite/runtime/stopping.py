@@ -15,14 +15,17 @@ from contextlib import contextmanager
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class Patience:
-    """How long a signal may remain without effect.
+class Watch:
+    """What is known of signals; there is one set of them in a process.
 
     Attributes:
-        seconds: torchrun and SLURM kill after 30.
+        seconds: how long a signal may remain without effect; torchrun and SLURM kill
+            after 30.
+        signal: the first one that came, or 0.
     """
 
     seconds = 25.0
+    signal = 0
 
 
 @contextmanager
@@ -31,6 +34,7 @@ def watch_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    Watch.signal = 0
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -44,21 +48,20 @@ def watch_signals() -> Iterator[None]:
 
 def _follow(reader: socket.socket) -> None:
     """Read signals until the other end is closed."""
-    first = 0
     with reader:
         while True:
             try:
                 numbers = reader.recv(16)
             except TimeoutError:
-                _end(first, f"not saved within {Patience.seconds:g} seconds; ")
+                _end(Watch.signal, f"not saved within {Watch.seconds:g} seconds; ")
             if not numbers:
                 return
             for number in numbers:
-                if number in STOPPING and first:
+                if number in STOPPING and Watch.signal:
                     _end(number)
                 elif number in STOPPING:
-                    first = number
-                    reader.settimeout(Patience.seconds)
+                    Watch.signal = number
+                    reader.settimeout(Watch.seconds)
 
 
 def _end(number: int, reason: str = "") -> None:
