@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,3 +202,43 @@ def test_results_say_what_they_depend_on(tmp_path):
         "script_hash": file_hash(__file__),
         "results": [1, 2],
     }
+
+
+EDITS_ITSELF = """
+import sys
+from pathlib import Path
+from llama2_lite.runtime.artifacts import write_result
+from llama2_lite.layers import double
+
+for path in (Path(__file__), Path(__file__).parents[1] / "llama2_lite" / "layers.py"):
+    path.write_text(path.read_text() + "\\nMORE = 1\\n")
+write_result(
+    sys.argv[1], config={}, seeds=[], modules=["layers"], script=__file__, results=0
+)
+"""
+
+
+def test_results_belong_to_the_code_that_was_there_when_they_were_begun(tmp_path):
+    """Edited while a study runs, the code is not what made its figures."""
+    package = tmp_path / "llama2_lite"
+    (package / "runtime").mkdir(parents=True)
+    shutil.copy(artifacts.__file__, package / "runtime" / "artifacts.py")
+    for folder in (package, package / "runtime"):
+        (folder / "__init__.py").touch()
+    (package / "layers.py").write_text(SOURCE)
+    script = tmp_path / "benchmarks" / "study.py"
+    script.parent.mkdir()
+    script.write_text(EDITS_ITSELF)
+    stored = tmp_path / "study.json"
+    hashes = []
+    for _ in range(2):
+        began = file_hash(script)
+        subprocess.run(
+            [sys.executable, str(script), str(stored)],
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        record = json.loads(stored.read_text())
+        assert record["script_hash"] == began != file_hash(script)
+        hashes.append(record["code_hash"])
+    assert hashes[0] != hashes[1]

@@ -405,7 +405,7 @@ def test_bad_input_is_one_sentence(book: Path, capsys):
     assert "01_sums.md cannot be read as a chapter" in capsys.readouterr().err
 
 
-def test_stored_study_is_caught_when_its_code_changes(book: Path, capsys):
+def test_stale_study_is_named(book: Path, capsys):
     from llama2_lite.runtime.artifacts import PACKAGE, write_json, write_result
 
     script = PACKAGE.parent / "tools" / "export.py"
@@ -418,15 +418,23 @@ def test_stored_study_is_caught_when_its_code_changes(book: Path, capsys):
         result, config={}, seeds=[0], modules=modules, script=script, results=1
     )
     assert tool(book, "check") == 0
+    assert "stale" not in capsys.readouterr().out
     with (book / "tools" / "export.py").open("a") as file:
         file.write("# changed\n")
-    assert "study.json: tools/export.py, which made it," in complaint(book, capsys)
+    assert tool(book, "check") == 0, "to repeat it takes hours"
+    said = capsys.readouterr().out
+    assert "stale studies, repeat them by `make experiments`:" in said
+    assert "results/study.json: tools/export.py, which made it, has changed" in said
 
     shutil.copy(script, book / "tools")
     record = export.json.loads(result.read_text())
     write_json(result, record | {"code_hash": "0" * 16})
-    said = complaint(book, capsys)
-    assert "study.json: code has changed since it was made, in runtime" in said
+    assert tool(book, "check") == 0
+    said = capsys.readouterr().out
+    assert "study.json: code has changed since, in one of runtime.artifacts" in said
+    write_json(result, record | {"modules": ["gone"]})
+    assert tool(book, "check") == 0
+    assert "study.json: llama2_lite has no module 'gone'" in capsys.readouterr().out
     del record["seeds"]
     write_json(result, record)
     assert "study.json lacks seeds" in complaint(book, capsys)

@@ -30,6 +30,8 @@ from notebooks import (
 
 MAX_CELL_LINES = 24
 MAX_BOOK_BYTES = 10_000_000
+# What a stored study says about itself, besides its figures.
+STUDY = {"config", "seeds", "machine", "modules", "code_hash", "script", "script_hash"}
 
 
 # Whether everything agrees
@@ -102,7 +104,7 @@ def docstring_lines(source: str) -> int:
 
 
 def check_book(root: Path) -> list[str]:
-    """What of the book as a whole disagrees: size, orphaned modules, stored studies."""
+    """What of the book as a whole disagrees: size, orphaned modules, odd studies."""
     problems = []
     files = [path for path in (root / "book").rglob("*") if path.is_file()]
     files = [path for path in files if "_build" not in path.parts]
@@ -115,42 +117,42 @@ def check_book(root: Path) -> list[str]:
             problems.append(
                 f"llama2_lite/{module.name} has no chapter book/NN_{module.stem}.md"
             )
-    for path in sorted((root / "book" / "results").glob("*.json")):
-        problems += check_result(root, path)
+    for path in studies(root):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if missing := STUDY - record.keys():
+            where = path.relative_to(root)
+            problems.append(f"{where} lacks {', '.join(sorted(missing))}")
     return problems
 
 
-def check_result(root: Path, path: Path) -> list[str]:
-    """Whether a stored study was made by the code and the script that are there now."""
-    sys.path.insert(0, str(root))
-    from llama2_lite.runtime.artifacts import code_hash, file_hash
+def studies(root: Path) -> list[Path]:
+    return sorted((root / "book" / "results").glob("*.json"))
 
-    where = path.relative_to(root)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    needed = {
-        "config",
-        "seeds",
-        "machine",
-        "modules",
-        "code_hash",
-        "script",
-        "script_hash",
-    }
-    if missing := needed - record.keys():
-        return [f"{where} lacks {', '.join(sorted(missing))}"]
-    problems = []
-    modules = ", ".join(record["modules"])
-    try:
-        if record["code_hash"] != code_hash(record["modules"]):
-            problems.append(
-                f"{where}: code has changed since it was made, in {modules}"
-            )
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-    script = root / record["script"]
-    if not script.exists() or record["script_hash"] != file_hash(script):
-        problems.append(f"{where}: {record['script']}, which made it, has changed")
-    return [f"{problem}; `make experiments`" for problem in problems]
+
+def stale_studies(root: Path) -> list[str]:
+    """Stored studies that were made by other code or another script than is there now.
+
+    They are named and no more: to repeat them takes hours.
+    """
+    sys.path.insert(0, str(root))
+    from llama2_lite.runtime.artifacts import code_hash, script_hash
+
+    found = []
+    for path in studies(root):
+        where = path.relative_to(root)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if STUDY - record.keys():
+            continue
+        modules = ", ".join(record["modules"])
+        try:
+            if record["code_hash"] != code_hash(record["modules"]):
+                found.append(f"{where}: code has changed since, in one of {modules}")
+        except ValueError as error:
+            found.append(f"{where}: {error}")
+        script = root / record["script"]
+        if not script.exists() or record["script_hash"] != script_hash(script):
+            found.append(f"{where}: {record['script']}, which made it, has changed")
+    return found
 
 
 # The command line
@@ -197,6 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
             problems.append(str(error))
     if given.command == "check" and not given.chapters:
         problems += check_book(given.root)
+        if old := stale_studies(given.root):
+            print("stale studies, repeat them by `make experiments`:")
+            print("\n".join(f"  {study}" for study in old), flush=True)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if given.command == "check" and not problems:

@@ -18,8 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 RECORD = "artifact.json"
+
+# What runs is the code that was there when the process began. A study takes hours, and
+# code that is edited meanwhile is not what made its figures.
+_SOURCES = {
+    path: path.read_bytes()
+    for pattern in ("llama2_lite/**/*.py", "benchmarks/*.py")
+    for path in PACKAGE.parent.glob(pattern)
+}
 
 
 def source_hash(source: str) -> str:
@@ -54,6 +62,8 @@ def _dump(node: Any) -> str:
 def code_hash(module_names: Iterable[str]) -> str:
     """Hash the code of modules of this package, prose and type hints left out.
 
+    It is the code as it was when this process began.
+
     Args:
         module_names: such as ``"model"`` or ``"runtime.tour"``; the order is nothing.
 
@@ -63,9 +73,9 @@ def code_hash(module_names: Iterable[str]) -> str:
     hashes = {}
     for name in sorted(set(module_names)):
         path = PACKAGE / f"{name.removeprefix('llama2_lite.').replace('.', '/')}.py"
-        if not path.is_file():
+        if path not in _SOURCES:
             raise ValueError(f"llama2_lite has no module {name!r}")
-        hashes[path.stem] = source_hash(path.read_text(encoding="utf-8"))
+        hashes[path.stem] = source_hash(_SOURCES[path].decode())
     return _hash_json(hashes)
 
 
@@ -78,6 +88,14 @@ def file_hash(path: str | Path) -> str:
     """Hash the bytes of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def script_hash(path: str | Path) -> str:
+    """Hash a script of benchmarks/ as it was when this process began."""
+    path = Path(path).resolve()
+    if path not in _SOURCES:
+        return file_hash(path)
+    return hashlib.sha256(_SOURCES[path]).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -197,6 +215,8 @@ def write_result(
 ) -> None:
     """Store the figures of a study with all that they depend on.
 
+    Code and script are hashed as they were when this process began.
+
     Args:
         path: of the JSON file.
         config: what was run.
@@ -216,7 +236,7 @@ def write_result(
             "modules": modules,
             "code_hash": code_hash(modules),
             "script": script.relative_to(PACKAGE.parent).as_posix(),
-            "script_hash": file_hash(script),
+            "script_hash": script_hash(script),
             "results": results,
         },
     )
