@@ -142,11 +142,13 @@ class DialogBatch(NamedTuple):
         tokens: ids, int64.
         loss_mask: whether the model should learn to write a token.
         samples: the number of a token's dialogue in its window; -1 for padding.
+        weight: of this part of a step's batch, see `weigh_part`.
     """
 
     tokens: Tensor
     loss_mask: Tensor
     samples: Tensor
+    weight: float = 1.0
 
 
 def collate(windows: Sequence[Sequence[Example]]) -> DialogBatch:
@@ -165,6 +167,21 @@ def collate(windows: Sequence[Sequence[Example]]) -> DialogBatch:
             samples[place] = number
             start += len(example.ids)
     return DialogBatch(*map(torch.from_numpy, (tokens, loss_mask, samples)))
+
+
+def weigh_part(counts: Sequence[int], part: int, n_parts: int) -> float:
+    """How much a part of a step's batch has to learn, compared to the average part.
+
+    A loss that is a mean over tokens, times this, has for its average over all parts
+    the mean over the tokens of them all.
+
+    Args:
+        counts: tokens to learn of each sample of the step, the first part's first.
+        part, n_parts: which of how many parts of equally many samples.
+    """
+    size = len(counts) // n_parts
+    mine, total = sum(counts[part * size : (part + 1) * size]), sum(counts)
+    return n_parts * mine / total if total else 1.0
 
 
 class DialogDataset:
@@ -195,6 +212,9 @@ class DialogDataset:
         self.seed = seed
         self.n_tokens = sum(len(example.ids) for example in examples)
         self.windows = pack(examples, sequence_length)
+        self._n_learned = [
+            sum(sum(example.loss_mask) for example in window) for window in self.windows
+        ]
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -209,9 +229,13 @@ class DialogDataset:
         What a step sees in all processes together depends on the product of their
         number and ``batch_size`` only.
         """
-        first = (step * world_size + rank) * batch_size
-        places = range(first, first + batch_size)
-        return collate([self.windows[self._window(place)] for place in places])
+        size = batch_size * world_size
+        windows = [
+            self._window(place) for place in range(step * size, step * size + size)
+        ]
+        mine = windows[rank * batch_size : (rank + 1) * batch_size]
+        weight = weigh_part([self._n_learned[i] for i in windows], rank, world_size)
+        return collate([self.windows[i] for i in mine])._replace(weight=weight)
 
     def _window(self, position: int) -> int:
         """Which window comes at a position of the endless sequence of epochs."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama2_lite.chat import Dialog, answer, check_dialog, encode_dialog
+from llama2_lite.chat import Dialog, answer, check_dialog, encode_dialog, weigh_part
 from llama2_lite.generation import generate
 from llama2_lite.layers import apply_rope
 from llama2_lite.model import Llama
@@ -317,13 +317,17 @@ def grow_tree(turns: Sequence[Turn], keep_reply: Sequence[bool]) -> Tree:
 
 
 class GhostBatch(NamedTuple):
-    """Trees as a batch, each (B, T), padded behind; see `Tree`."""
+    """Trees as a batch, each (B, T), padded behind; see `Tree`.
+
+    Its weight is that of this part of a step's batch, see `weigh_part`.
+    """
 
     tokens: Tensor
     loss_mask: Tensor
     positions: Tensor
     branches: Tensor  # -1 for padding
     forks: Tensor
+    weight: float = 1.0
 
 
 def collate_trees(trees: Sequence[Tree]) -> GhostBatch:
@@ -389,6 +393,7 @@ class GhostDataset:
             raise ValueError("there is no dialogue with a reply to learn")
         self.sequence_length = sequence_length
         self.seed = seed
+        self._orders: dict[int, np.ndarray] = {}
         self.n_tokens = sum(
             len(turn.request) + len(turn.answer)
             for turns in self.dialogs
@@ -403,14 +408,26 @@ class GhostDataset:
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> GhostBatch:
         """The dialogues of one process at one step: a function of the step alone."""
-        first = (step * world_size + rank) * batch_size
-        return collate_trees([self._tree(first + i) for i in range(batch_size)])
+        first = step * world_size * batch_size
+        counts = [
+            sum(len(turn.reply or []) for turn in self._turns(first + i)[0])
+            for i in range(world_size * batch_size)
+        ]
+        mine = range(first + rank * batch_size, first + (rank + 1) * batch_size)
+        batch = collate_trees([self._tree(position) for position in mine])
+        return batch._replace(weight=weigh_part(counts, rank, world_size))
+
+    def _turns(self, position: int) -> tuple[list[Turn], int, int]:
+        """A dialogue by its place in all epochs, with its epoch and place there."""
+        epoch, place = divmod(position, len(self))
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            self._orders = {epoch: order}
+        return self.dialogs[self._orders[epoch][place]], epoch, place
 
     def _tree(self, position: int) -> Tree:
         """What comes at a position of the endless sequence of epochs."""
-        epoch, place = divmod(position, len(self))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-        turns = self.dialogs[order[place]]
+        turns, epoch, place = self._turns(position)
         random = np.random.default_rng([self.seed, epoch, place])
         keep_reply = random.random(len(turns)) < random.random()
         return grow_tree(turns, keep_reply.tolist())

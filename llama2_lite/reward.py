@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llama2_lite.chat import Dialog, answer, encode_dialog
+from llama2_lite.chat import Dialog, answer, encode_dialog, weigh_part
 from llama2_lite.model import (
     WEIGHTS,
     Llama,
@@ -414,12 +414,15 @@ class PairBatch(NamedTuple):
         lengths: (2B,).
         margins: (B,).
         is_safe: 1, 0 or -1 for unknown, (2B,).
+        weight: of the safety loss of this part of a step's batch, see
+            `llama2_lite.chat.weigh_part`.
     """
 
     tokens: Tensor
     lengths: Tensor
     margins: Tensor
     is_safe: Tensor
+    weight: float = 1.0
 
 
 class PreferenceDataset:
@@ -487,9 +490,12 @@ class PreferenceDataset:
         What a step sees in all processes together depends on the product of their
         number and ``batch_size`` only.
         """
-        first = (step * world_size + rank) * batch_size
-        places = (divmod(first + i, len(self)) for i in range(batch_size))
-        return self.pairs([self._order(epoch)[place] for epoch, place in places])
+        size = batch_size * world_size
+        places = (divmod(step * size + i, len(self)) for i in range(size))
+        numbers = [self._order(epoch)[place] for epoch, place in places]
+        rated = [sum(x != UNKNOWN for x in self.is_safe[i]) for i in numbers]
+        mine = numbers[rank * batch_size : (rank + 1) * batch_size]
+        return self.pairs(mine)._replace(weight=weigh_part(rated, rank, world_size))
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -599,7 +605,8 @@ class RewardModule(PretrainingModule):
         chosen, rejected = scores.chunk(2)
         loss = ranking_loss(chosen, rejected, batch.margins)
         if self.safety_weight:
-            loss = loss + self.safety_weight * safety_loss(scores, batch.is_safe)
+            weight = self.safety_weight * batch.weight
+            loss = loss + weight * safety_loss(scores, batch.is_safe)
         return loss, chosen > rejected
 
     def count_tokens(self, batch: PairBatch) -> int:  # type: ignore[override]

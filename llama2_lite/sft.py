@@ -129,14 +129,9 @@ class SupervisedModule(PretrainingModule):
         weight = self.model.output.weight
         return vocabulary_loss(hidden[learn], weight, targets[learn])
 
-    def training_step(  # type: ignore[override]
-        self, batch: DialogBatch, batch_idx: int
-    ) -> Tensor:
-        """The loss of one batch, each answer token of all processes weighing alike."""
-        loss = super().training_step(batch, batch_idx)  # type: ignore[arg-type]
-        mine = batch.loss_mask[:, 1:].sum()
-        mean = self.trainer.strategy.reduce(mine.float(), reduce_op="mean")
-        return loss * mine / mean
+    def weigh(self, batch: DialogBatch) -> float:  # type: ignore[override]
+        """Each answer token of all processes weighs alike."""
+        return batch.weight
 
     def count_tokens(self, batch: DialogBatch) -> int:  # type: ignore[override]
         """How many tokens go through the model."""

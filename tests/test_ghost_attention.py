@@ -348,7 +348,7 @@ def test_earlier_answers_and_padding_are_not_learned(folder, tokenizer):
     padded = GhostBatch(
         *(
             torch.nn.functional.pad(x, (0, 7), value=-1 if i == 3 else 0)
-            for i, x in enumerate(batch)
+            for i, x in enumerate(batch[:5])
         )
     )
     torch.testing.assert_close(module.loss(padded), module.loss(batch))
@@ -364,13 +364,16 @@ def test_batches_are_a_function_of_the_step(tokenizer):
     again = GhostDataset(dialogs, tokenizer, 200, seed=3)
     for step in (7, 0, 3):
         whole = data.batch(step, 4)
-        for ours, theirs in zip(whole, again.batch(step, 4), strict=True):
+        for ours, theirs in zip(whole[:5], again.batch(step, 4)[:5], strict=True):
             assert ours.equal(theirs)
         halves = [data.batch(step, 2, rank, 2) for rank in range(2)]
         for row in range(4):
             part, width = halves[row // 2], halves[row // 2].tokens.shape[1]
             width = min(width, whole.tokens.shape[1])
             assert part.tokens[row % 2, :width].equal(whole.tokens[row, :width])
+        learned = [int(half.loss_mask.sum()) for half in halves]
+        for half, n_mine in zip(halves, learned, strict=True):
+            assert half.weight == 2 * n_mine / sum(learned)
     epochs = [
         sorted(int(data.batch(e * 5 + i, 1).loss_mask.sum()) for i in range(5))
         for e in range(2)
