@@ -166,7 +166,8 @@ def collate(windows: Sequence[Sequence[Example]]) -> DialogBatch:
             loss_mask[place] = example.loss_mask
             samples[place] = number
             start += len(example.ids)
-    return DialogBatch(*map(torch.from_numpy, (tokens, loss_mask, samples)))
+    first, second, third = map(torch.from_numpy, (tokens, loss_mask, samples))
+    return DialogBatch(first, second, third)
 
 
 def weigh_part(counts: Sequence[int], part: int, n_parts: int) -> float:

@@ -338,8 +338,8 @@ def collate_trees(trees: Sequence[Tree]) -> GhostBatch:
     for row, tree in enumerate(trees):
         for columns, values in zip(batch, tree, strict=True):
             columns[row, : len(tree.ids)] = np.asarray(values)
-    tokens, learn, *rest = map(torch.from_numpy, batch)
-    return GhostBatch(tokens, learn.bool(), *rest)
+    tokens, learn, places, branches, forks = map(torch.from_numpy, batch)
+    return GhostBatch(tokens, learn.bool(), places, branches, forks)
 
 
 def tree_mask(batch: GhostBatch) -> Tensor:
