@@ -59,3 +59,239 @@ class Layout:
                 f"groups, which layout.shard = {shard} does not divide"
             )
         return groups // shard, shard, self.tensor
+
+
+def parameter_shapes(config: LlamaConfig) -> list[tuple[int, int, int, str]]:
+    """Kinds of parameters: how many, rows, columns, and what tensor parallelism splits.
+
+    It splits rows, the outputs of a matrix, or columns, its inputs.
+    """
+    width, hidden, n = config.dim, config.hidden_dim, config.n_layers
+    queries, keys = (h * config.head_dim for h in (config.n_heads, config.n_kv_heads))
+    return [
+        (1 if config.tie_embeddings else 2, config.vocab_size, width, "nothing"),
+        (2 * n + 1, width, 1, "nothing"),  # norms
+        (n, queries, width, "rows"),  # wq
+        (2 * n, keys, width, "rows"),  # wk, wv
+        (n, width, queries, "columns"),  # wo
+        (2 * n, hidden, width, "rows"),  # w1, w3
+        (n, width, hidden, "columns"),  # w2
+    ]
+
+
+def held_parameters(config: LlamaConfig, shard: int = 1, tensor: int = 1) -> int:
+    """Parameters that the fullest process holds; shards are whole rows.
+
+    Args:
+        config: of the model.
+        shard, tensor: as `Layout.sizes` gives them.
+    """
+    total = 0
+    for count, rows, columns, split in parameter_shapes(config):
+        rows //= tensor if split == "rows" else 1
+        columns //= tensor if split == "columns" else 1
+        total += count * -(-rows // shard) * columns
+    return total
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while it trains, by what they are for.
+
+    Attributes:
+        weights, gradients, optimizer: parts of the model in fp32, there all the time.
+        gathered: whole weights of the blocks at work, in the type of the products.
+        activations: what the forward pass keeps for the backward pass.
+        working: what else exists at the worst moment.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(vars(self).values())
+
+
+def block_activations(
+    config: LlamaConfig,
+    windows: int,
+    sequence: int,
+    tensor: int = 1,
+    number: int = 2,
+    written_out: bool = False,
+) -> int:
+    """Bytes that one block keeps for the backward pass.
+
+    Args:
+        config: of the model.
+        windows, sequence: how many, and tokens of each.
+        tensor: processes that share each product.
+        number: bytes of a number in products and between blocks.
+        written_out: whether attention keeps its probabilities, as
+            `llama2_lite.attention.attend_written_out` does.
+    """
+    heads, width = config.n_heads, config.dim
+    queries, keys = (h * config.head_dim for h in (heads, config.n_kv_heads))
+    # of a norm: its input in fp32, the length of it, the result, and that with gains
+    norms = 2 * (4 * width + 4 + 2 * number * width)
+    if written_out:
+        attention = number * (4 * queries + heads * sequence)
+    else:
+        attention = number * (2 * queries + 2 * keys) + 4 * heads
+    feed_forward = 4 * number * config.hidden_dim
+    tokens = windows * sequence
+    rotary = 2 * 4 * config.head_dim * sequence
+    return tokens * (norms + (attention + feed_forward) // tensor) + rotary
+
+
+PIECE = 512  # tokens whose logits exist at a time, see `vocabulary_loss`
+
+
+def training_memory(
+    config: LlamaConfig,
+    layout: Layout,
+    n_processes: int,
+    windows: int,
+    sequence: int,
+    precision: str = "bf16-mixed",
+    written_out: bool = False,
+) -> Memory:
+    """Bytes on the fullest device while gradients of a batch are accumulated.
+
+    Args:
+        config: of the model.
+        layout, n_processes: how it is laid out.
+        windows, sequence: how many a device gets at a time, and tokens of each.
+        precision: Lightning's name; "bf16-mixed" computes in bf16, others in fp32.
+        written_out: see `block_activations`.
+
+    Raises:
+        ValueError: if the processes or the heads cannot be divided so.
+    """
+    _, shard, tensor = layout.sizes(n_processes, config)
+    number = 2 if precision == "bf16-mixed" else 4
+    width, tokens, piece = (
+        config.dim,
+        windows * sequence,
+        min(PIECE, windows * sequence),
+    )
+    vocabulary = config.vocab_size * width
+
+    held = held_parameters(config, shard, tensor)
+    tied = 1 if config.tie_embeddings else 2
+    root = tied * vocabulary + width
+    block = (held_parameters(config, 1, tensor) - root) // config.n_layers
+    kept = block_activations(config, windows, sequence, tensor, number, written_out)
+    last_norm = tokens * (4 * width + 4 + number * width)
+    scores = piece * config.vocab_size * (12 if number == 2 else 8)
+    loss = last_norm + 2 * number * tokens * width + 4 * vocabulary
+    loss += max(scores, scores // 2 + number * vocabulary)
+    backward = tokens * (4 * width + 2 * number * config.hidden_dim // tensor)
+    backward += block * (number + 4)  # gradients before and while they are summed
+    activations = config.n_layers * kept
+    if layout.checkpoint_activations:
+        activations = config.n_layers * number * tokens * width
+        backward += kept
+    return Memory(
+        weights=4 * held,
+        gradients=4 * held,
+        optimizer=8 * held,
+        gathered=number * (root + 2 * block),
+        activations=activations,
+        working=max(loss, backward),
+    )
+
+
+def cache_bytes(
+    config: LlamaConfig, windows: int, sequence: int, tensor: int = 1
+) -> int:
+    """Keys and values on one device while it generates, in bf16."""
+    numbers = config.n_layers * config.n_kv_heads * config.head_dim
+    return 2 * 2 * numbers * windows * sequence // tensor
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a data sheet says about a device.
+
+    Attributes:
+        memory: in GiB.
+        flops: dense bf16 operations per second.
+        bandwidth: of its memory, bytes per second.
+        watts: the most that it draws.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    watts: float
+
+
+GPUS = {
+    "a100-40gb": Gpu(40, 312e12, 1.555e12, 400),
+    "a100-80gb": Gpu(80, 312e12, 2.039e12, 400),
+    "h100-80gb": Gpu(80, 989e12, 3.35e12, 700),
+    "h200-141gb": Gpu(131, 989e12, 4.8e12, 700),
+    "rtx4090-24gb": Gpu(24, 165e12, 1.008e12, 450),
+}
+PUE = 1.1  # energy of a data centre for each unit that its computers draw
+CARBON = 0.385  # kg CO2eq for each kWh; both inferred from the paper's Table 2
+
+
+def flops_per_token(config: LlamaConfig, sequence: int = 0) -> int:
+    """Operations of training on a token: 6 for each parameter, and attention.
+
+    A token looks at half a window on average, in two products of the model's width for
+    each block, forward once and backward twice. Source: Chowdhery et al., 2022,
+    appendix B, who count whole windows.
+
+    Args:
+        config: of the model.
+        sequence: tokens of a window; 0 to leave attention out.
+    """
+    attention = 6 * config.n_layers * config.n_heads * config.head_dim * sequence
+    return 6 * config.parameter_count() + attention
+
+
+def utilisation(flops: float, gpu_hours: float, gpu: Gpu) -> float:
+    """Share of the most that the devices could have done: MFU.
+
+    Args:
+        flops: operations that the training needs, those done twice counted once.
+        gpu_hours: hours that it took, times devices.
+        gpu: the device.
+    """
+    return flops / (gpu_hours * 3600 * gpu.flops)
+
+
+def carbon_tonnes(gpu_hours: float, watts: float) -> float:
+    """Tonnes of CO2 equivalent, as in the paper's Table 2."""
+    return gpu_hours * watts / 1000 * PUE * CARBON / 1000
+
+
+def accumulation(batch: int, groups: int, windows: int) -> int:
+    """Parts in which each group of processes takes its share of a batch.
+
+    Args:
+        batch: windows of a batch over all processes.
+        groups: of processes that get windows of their own.
+        windows: that a group takes at a time.
+
+    Raises:
+        ValueError: if the batch cannot be divided so.
+    """
+    at_once = groups * windows
+    parts, rest = divmod(batch, at_once)
+    if rest:
+        near = at_once * max(1, round(batch / at_once))
+        raise ValueError(
+            f"{groups:,} groups x {windows:,} windows = {at_once:,} windows at a time, "
+            f"which does not divide a batch of {batch:,}; {near:,} would do"
+        )
+    return parts
