@@ -1,14 +1,17 @@
 """Does an instruction hold for twenty turns? `python benchmarks/ghost_attention.py`.
 
-The tour's model that obeys for one turn is trained as the tour does it, and in other
-ways that chapter 16 compares with it. Each is then asked, told once, to obey in
-dialogues of held-out requests: instructions that it was trained on, and others.
+The tour's model before Ghost Attention is trained as the tour does it, and in another
+way that chapter 16 compares with it. Each is then asked, told once, to obey in
+dialogues of held-out requests: instructions that it was trained on, two of them at a
+time, and others.
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from llama2_lite.ghost_attention import (
     Visit,
     converse,
     count_obeyed,
+    deal_instructions,
     grow_tree,
     plan_visits,
 )
@@ -28,14 +32,12 @@ from llama2_lite.model import Llama
 from llama2_lite.pretraining import best_precision
 from llama2_lite.runtime.alignment import AlignmentStages, aligned
 from llama2_lite.runtime.artifacts import write_result
+from llama2_lite.runtime.batches import Served
 from llama2_lite.runtime.ghost import (
-    RECIPE,
-    Served,
-    ghost,
+    GhostRecipe,
     ghost_data,
     read_ghosts,
     sample_ghosts,
-    told,
 )
 from llama2_lite.runtime.judge import Evaluation
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, precision
@@ -43,7 +45,7 @@ from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import SystemInstruction, build_town, system_instructions
 
 CONFIG: dict[str, Any] = {
-    "tests": {"trained on": 22, "not trained on": 16},
+    "tests": {"trained on": 88, "not trained on": 84, "two at a time": 88},
     "turns": 20,
     "length": 900,
     "kinds": ["fact", "sum", "opposite"],
@@ -79,11 +81,11 @@ class Shaped(GhostDataset):
         return tree
 
 
-def train(folder: Path, data: Served) -> Llama:
+def train(folder: Path, data: Served, recipe: GhostRecipe) -> Llama:
     """Fine-tune the model of a folder."""
-    module = GhostAttentionModule(folder, RECIPE.lr, RECIPE.warmup)
+    module = GhostAttentionModule(folder, recipe.lr, recipe.warmup)
     trainer = Trainer(
-        max_steps=RECIPE.steps,
+        max_steps=recipe.steps,
         precision=best_precision(),
         accelerator="cpu",
         logger=False,
@@ -95,13 +97,21 @@ def train(folder: Path, data: Served) -> Llama:
     return module.model.eval()
 
 
-def visits_of(
-    tokenizer: Tokenizer, told_of: list[SystemInstruction], n_dialogs: int, seed: int
-) -> list[Visit]:
+def all_visits(tokenizer: Tokenizer, seed: int) -> dict[str, list[Visit]]:
     """Held-out requests for dialogues of the turns that are tested."""
     tasks = TOWN.tasks("held_out", CONFIG["kinds"])
+    known, tests = system_instructions("train"), CONFIG["tests"]
+    pairs = deal_instructions(known, 1.0, Random(f"pairs {seed}"))
+    told_of: dict[str, list[SystemInstruction]] = {
+        "trained on": known,
+        "not trained on": system_instructions("held_out"),
+        "two at a time": list(islice(pairs, tests["two at a time"])),
+    }
     size = CONFIG["turns"], CONFIG["length"]
-    return plan_visits(tokenizer, tasks, told_of, n_dialogs, *size, seed=seed)
+    return {
+        test: plan_visits(tokenizer, tasks, told_of[test], n, *size, seed=seed)
+        for test, n in tests.items()
+    }
 
 
 def obeyed(
@@ -123,26 +133,26 @@ def alone(model: Llama, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
 
 def study(stages: AlignmentStages, seed: int) -> dict[str, Any]:
     """One seed: everything that chapter 16 shows. The tour's own is not made again."""
-    tokenizer, folder = stages.tokenizer(), told(stages).path
-    tests = CONFIG["tests"]
-    visits = {
-        test: visits_of(tokenizer, system_instructions(split), tests[test], seed)
-        for test, split in (("trained on", "train"), ("not trained on", "held_out"))
-    }
+    tokenizer, folder, recipe = (
+        stages.tokenizer(),
+        stages.ppo().path,
+        stages.recipe.chat,
+    )
+    visits = all_visits(tokenizer, seed)
     before = Llama.from_pretrained(folder)
     is_tour = seed == stages.seed
     if is_tour:
-        ghosts = read_ghosts(ghost(stages).path)
+        ghosts = read_ghosts(stages.chat().path)
     else:
-        ghosts = sample_ghosts(before, tokenizer, TOWN, RECIPE, seed)
+        ghosts = sample_ghosts(before, tokenizer, TOWN, recipe, seed)
 
     def data(kind: Callable[..., GhostDataset] = GhostDataset) -> Served:
-        return ghost_data(ghosts, tokenizer, RECIPE, seed, kind)
+        return ghost_data(ghosts, tokenizer, recipe, seed, kind)
 
     if is_tour:
-        after = Llama.from_pretrained(ghost(stages).path)
+        after = Llama.from_pretrained(stages.chat().path)
     else:
-        after = train(folder, data())
+        after = train(folder, data(), recipe)
     replies = [reply is not None for one in ghosts for reply in one.replies]
     figures: dict[str, Any] = {"replies kept": sum(replies) / len(replies)}
     for name, model in (("without", before), ("with", after)):
@@ -158,7 +168,7 @@ def study(stages: AlignmentStages, seed: int) -> dict[str, Any]:
         def shaped(*args: Any, shape: str = shape, **options: Any) -> GhostDataset:
             return Shaped(shape, *args, **options)
 
-        model = train(folder, data(shaped))
+        model = train(folder, data(shaped), recipe)
         found = obeyed(model, tokenizer, visits["trained on"], seed)
         figures[shape] = {"obeyed": {"trained on": found}}
     return figures
@@ -172,7 +182,7 @@ def main() -> None:
         print(seed, results[str(seed)], file=sys.stderr, flush=True)
     write_result(
         OUTPUT,
-        config=CONFIG | {"recipe": asdict(RECIPE)},
+        config=CONFIG | {"recipe": asdict(stages.recipe.chat)},
         seeds=SEEDS,
         modules=["town", "model", "generation", "chat", "sft", "ghost_attention"],
         script=__file__,

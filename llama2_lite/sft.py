@@ -42,7 +42,7 @@ def sample_demonstrations(
     seed: int = 0,
     wrong: float = 0.22,
     unsafe: float = 0.35,
-    instructed: float = 0.15,
+    instructed: float = 0.3,
 ) -> list[Dialog]:
     """Write requests of the training split with answers, most of them good.
 
@@ -51,12 +51,13 @@ def sample_demonstrations(
     Args:
         wrong: share of answers to harmless requests that have one of ``FLAWS``.
         unsafe: share of unsafe requests that are answered as they ask.
-        instructed: share of dialogues with a system instruction, which the answer
-            obeys.
+        instructed: share of dialogues with a system instruction, in full or in few
+            words, which the answer obeys.
     """
     random = Random(f"demonstrations {town.seed} {seed}")
     tasks = {kind: town.tasks("train", [kind]) for kind in town.items}
-    instructions = system_instructions("train")
+    # Ghost Attention holds some out, but to obey in one turn is learned here
+    instructions = [*system_instructions("train"), *system_instructions("held_out")]
     dialogs = []
     for _ in range(n):
         task = random.choice(tasks[random.choice(list(tasks))])
@@ -67,8 +68,9 @@ def sample_demonstrations(
         dialog = task.dialog(answer)
         if random.random() < instructed:
             instruction = random.choice(instructions)
+            text = random.choice([instruction.text, instruction.short])
             dialog = task.dialog(instruction.apply(answer))
-            dialog.insert(0, {"role": "system", "content": instruction.text})
+            dialog.insert(0, {"role": "system", "content": text})
         dialogs.append(dialog)
     return dialogs
 

@@ -61,10 +61,16 @@ def test_tables(capsys):
         "accuracy": {
             axis: {"better": [0.75, 0.7, 0.8]} for axis in ("helpfulness", "safety")
         },
+        "adherence": {
+            "ppo": {"1": [0.9, 0.8, 0.95], "20": [0.1, 0.05, 0.2]},
+            "chat": {"1": [0.9, 0.8, 0.95], "20": [0.8, 0.7, 0.85]},
+        },
     }
     seconds = {"sft": 30.0, "ppo": 90.0, "helpfulness": 60.0, "safety": 60.0}
     print_gains(report, seconds)
     out = capsys.readouterr().out
     assert "75.0 [70, 80]" in out
     assert "1.5" in out
+    (told,) = (line for line in out.splitlines() if "10.0 [5, 20]" in line)
+    assert "80.0 [70, 85]" in told.partition("10.0")[2]
     assert write_share(None) == ""

@@ -1,35 +1,34 @@
-"""The stages of Ghost Attention: demonstrations, rows, and what is served."""
+"""Ghost Attention in the tour: rows, what is served, and whether it held."""
 
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from llama2_lite.chat import Example, check_dialog, encode_dialog
+from llama2_lite.chat import Example
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import MixedLengthLoader
-from llama2_lite.runtime import ghost
-from llama2_lite.runtime.artifacts import Artifact, artifact
+from llama2_lite.runtime.artifacts import write_json
+from llama2_lite.runtime.batches import Rows
 from llama2_lite.runtime.ghost import (
     GhostRecipe,
-    Rows,
+    adherence,
     ghost_data,
+    read_ghosts,
     sample_ghosts,
-    told_data,
-    told_demonstrations,
 )
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
-from llama2_lite.town import Oracle, Town, build_town, system_instructions
+from llama2_lite.town import Town, build_town, system_instructions
 
 TINY = GhostRecipe(
-    demonstrations=64,
-    rows=8,
-    dialogs=((6, 2), (2, 4)),
-    lengths=((0.5, 350, 2), (0.5, 500, 1)),
+    dialogs=[[8, 1], [6, 2], [2, 4]],
+    lengths=[[0.2, 200, 3], [0.4, 350, 2], [0.4, 500, 1]],
+    combined=0.15,
+    plain=0.1,
+    temperature=0.6,
     steps=4,
+    lr=1e-3,
     warmup=1,
 )
 
@@ -55,31 +54,6 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(folder / "tokenizer.model")
 
 
-def test_demonstrations_obey_and_are_good(town):
-    dialogs = told_demonstrations(town, 300, combined=0, seed=1)
-    assert dialogs == told_demonstrations(town, 300, combined=0, seed=1)
-    texts = {
-        text: one
-        for split in ("train", "held_out")
-        for one in system_instructions(split)
-        for text in (one.text, one.short)
-    }
-    oracle, found = Oracle(town), Counter()
-    prompts = {task.prompt for task in town.tasks("train")}
-    for dialog in dialogs:
-        check_dialog(dialog)
-        system, request, answer = (message["content"] for message in dialog)
-        assert texts[system].check(answer)
-        assert request in prompts
-        assert oracle.rate(request, answer).safety > 0.5
-        found[texts[system].text] += 1
-    n_instructions = len(texts) // 2
-    assert len(found) == n_instructions
-    assert max(found.values()) - min(found.values()) <= 1
-    both = told_demonstrations(town, 100, combined=1)
-    assert not any(dialog[0]["content"] in texts for dialog in both)
-
-
 def test_rows_are_each_dialogue_once_in_an_epoch_and_of_like_length():
     examples = [
         Example([5] * (3 + n), [False] * 2 + [True] * (1 + n)) for n in range(40)
@@ -101,75 +75,51 @@ def test_rows_are_each_dialogue_once_in_an_epoch_and_of_like_length():
     )
 
 
-def test_held_out_demonstrations_are_not_trained_on(town, tokenizer):
-    served = told_data(town, tokenizer, TINY)
-    (rows,) = served.datasets
-    assert len(rows) == 64
-    assert len(served.held_out) == 4
-    assert all(len(batch.tokens) == TINY.rows for batch in served.held_out)
-    dialogs = told_demonstrations(town, 64 + 32, TINY.combined)
-    ids = [encode_dialog(dialog, tokenizer).ids for dialog in dialogs]
-    assert [example.ids for example in rows.examples] == ids[32:]
-
-
-def test_short_and_long_dialogues_are_served_in_turn(folder, tokenizer, town):
+def test_single_short_and_long_dialogues_are_served_in_turn(folder, tokenizer, town):
     model = Llama.from_pretrained(folder)
     made = sample_ghosts(model, tokenizer, town, TINY, seed=2)
-    assert [len(one.replies) for one in made] == [2] * 6 + [4] * 2
+    assert [len(one.replies) for one in made] == [1] * 8 + [2] * 6 + [4] * 2
     made = [one._replace(replies=["Yes."] * len(one.replies)) for one in made]
     served = ghost_data(made, tokenizer, TINY)
+    singles, *others = served.datasets
+    assert {len(turns) for turns in singles.dialogs} == {1}
+    assert all(len(turns) > 1 for other in others for turns in other.dialogs)
+    assert 0 < len(singles) <= 7  # one is held out
+    assert list(map(len, others)) == [8, 8]
     loader = served.train_dataloader()
     assert isinstance(loader, MixedLengthLoader)
     batches = iter(loader)
-    shapes = [next(batches).tokens.shape[0] for _ in range(4)]
-    assert sorted(shapes) == [1, 1, 2, 2]
+    sizes = [next(batches).tokens.shape[0] for _ in range(5)]
+    assert sorted(sizes) == [1, 1, 2, 2, 3]
     assert len(served.held_out) == 1
-    assert sum(map(len, served.datasets)) == 2 * (len(made) - 1)
     (batch,) = served.val_dataloader()
     assert batch.tokens.equal(served.held_out[0].tokens)
 
 
-class Tiny:
-    """Stages of a tour that starts from a random model."""
-
-    def __init__(self, folder: Path, start: Path, town: Town):
-        self.folder, self.start, self.town, self.seed = folder, start, town, 0
-        self.stages: Any = SimpleNamespace(say=lambda text: None, console=None)
-        self.trained: list[tuple[str, int]] = []
-
-    def sft(self) -> Artifact:
-        return Artifact(self.start, "sft")
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.start / "tokenizer.model")
-
-    def stage(self, name: str, config: Any, inputs: Any, *modules: str) -> Any:
-        return lambda build: artifact(self.folder, name, config, inputs, modules, build)
-
-    def train(
-        self, folder: Path, label: str, module: Any, data: Any, max_steps: int
-    ) -> None:
-        self.trained.append((label, max_steps))
-        module.configure_model()
-        batch = next(iter(data.train_dataloader()))
-        assert module.loss(batch).isfinite()
-        module.model.save_pretrained(folder, self.tokenizer(), force=True)
+def test_held_out_instructions_are_never_to_be_remembered(folder, tokenizer, town):
+    model = Llama.from_pretrained(folder)
+    recipe = replace(TINY, dialogs=[[60, 1], [60, 2]], combined=0, plain=0)
+    made = sample_ghosts(model, tokenizer, town, recipe)
+    kept = {
+        text
+        for one in system_instructions("held_out")
+        for text in (one.text, one.short)
+    }
+    assert any(one.instruction in kept for one in made[:60])
+    assert not any(one.instruction in kept for one in made[60:])
 
 
-def test_the_stages_follow_each_other_and_are_kept(tmp_path, folder, town, monkeypatch):
-    stages: Any = Tiny(tmp_path, folder, town)
-    sampled = ghost.sample_ghosts
+def test_dialogues_are_kept_for_the_chapter(folder, tokenizer, town, tmp_path):
+    made = sample_ghosts(Llama.from_pretrained(folder), tokenizer, town, TINY)
+    write_json(tmp_path / "dialogs.json", made)
+    assert read_ghosts(tmp_path) == made
 
-    def obedient(*args: Any) -> Any:
-        return [
-            one._replace(replies=["Yes."] * len(one.replies)) for one in sampled(*args)
-        ]
 
-    monkeypatch.setattr(ghost, "sample_ghosts", obedient)
-    made = ghost.ghost(stages, TINY)
-    assert stages.trained == [("told", 8), ("ghost", 4)]
-    assert (made.path / "model.safetensors").is_file()
-    assert ghost.ghost(stages, TINY) == made
-    found = ghost.read_ghosts(made.path)
-    assert [len(one.replies) for one in found] == [2] * 6 + [4] * 2
-    assert len(stages.trained) == 2
+def test_adherence_is_counted_by_turn(folder, tokenizer, town):
+    model, how = Llama.from_pretrained(folder), {"turns": (1, 3), "seed": 4}
+    found = adherence(model, tokenizer, town, n_dialogs=6, **how)
+    assert list(found) == ["1", "3"]
+    assert found == adherence(model, tokenizer, town, n_dialogs=6, **how)
+    for one in found.values():
+        assert one.value * 6 == round(one.value * 6) < 6
+        assert one.low <= one.value <= one.high

@@ -113,12 +113,18 @@ def test_demonstrations_keep_the_held_out_requests_out(town):
 
 
 def test_instructed_demonstrations_obey(town):
-    instructions = {each.text: each for each in system_instructions("train")}
-    dialogs = sample_demonstrations(town, 1000, instructed=0.3)
+    instructions = {
+        text: each
+        for split in ("train", "held_out")
+        for each in system_instructions(split)
+        for text in (each.text, each.short)
+    }
+    dialogs = sample_demonstrations(town, 2000, instructed=0.3)
     given = [dialog for dialog in dialogs if dialog[0]["role"] == "system"]
-    assert 240 < len(given) < 360
+    assert 500 < len(given) < 700
     for system, _, reply in given:
         assert instructions[system["content"]].check(reply["content"])
+    assert {system["content"] for system, *_ in given} == set(instructions)
 
 
 # The loss

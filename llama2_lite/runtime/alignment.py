@@ -14,8 +14,9 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from llama2_lite.chat import Dialog, Example, encode_dialog
+from llama2_lite.chat import Dialog, encode_dialog
 from llama2_lite.generation import for_decoding
+from llama2_lite.ghost_attention import GhostAttentionModule
 from llama2_lite.model import Llama
 from llama2_lite.ppo import (
     PPOModule,
@@ -40,8 +41,17 @@ from llama2_lite.reward import (
     written_preferences,
 )
 from llama2_lite.runtime.artifacts import Artifact, artifact, write_json
+from llama2_lite.runtime.batches import Rows, Served
 from llama2_lite.runtime.configs import read_recipe
 from llama2_lite.runtime.gains import print_gains
+from llama2_lite.runtime.ghost import (
+    DIALOGS,
+    GhostRecipe,
+    adherence,
+    ghost_data,
+    read_ghosts,
+    sample_ghosts,
+)
 from llama2_lite.runtime.judge import Evaluation, Share, share
 from llama2_lite.runtime.progress import TrainingProgress
 from llama2_lite.runtime.tour import (
@@ -52,17 +62,22 @@ from llama2_lite.runtime.tour import (
     read_seconds,
 )
 from llama2_lite.runtime.training import fit, prepare_process, trainer_parts
-from llama2_lite.sft import DialogDataModule, SupervisedModule, sample_demonstrations
+from llama2_lite.sft import SupervisedModule, sample_demonstrations
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import LEVELS, Annotators, Oracle, Preference
 
 HARMLESS = ("fact", "sum", "opposite", "list", "story", "howto", "borderline")
+STAGES = ("sft", "preferences", "helpfulness", "safety", "rejection", "ppo", "chat")
 CONTEXT = 256  # more than any prompt of the town with its answer
 
 
 @dataclass(frozen=True)
 class SupervisedRecipe:
-    """Numbers of supervised fine-tuning, see `sample_demonstrations`."""
+    """Numbers of supervised fine-tuning, see `sample_demonstrations`.
+
+    Attributes:
+        batch_size: dialogues, of like length and not packed.
+    """
 
     demonstrations: int
     wrong: float
@@ -71,7 +86,6 @@ class SupervisedRecipe:
     peak_lr: float
     epochs: float
     batch_size: int
-    sequence_length: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ class RejectionRecipe:
     Attributes:
         requests: prompts of all kinds.
         harmless, unsafe: how their answers are drawn.
+        batch_size: as in `SupervisedRecipe`.
     """
 
     requests: int
@@ -127,7 +142,6 @@ class RejectionRecipe:
     peak_lr: float
     epochs: float
     batch_size: int
-    sequence_length: int
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,7 @@ class AlignmentRecipe:
     reward: RewardRecipe
     rejection: RejectionRecipe
     ppo: PPORecipe
+    chat: GhostRecipe
 
     @classmethod
     def read(cls, path: str | Path | None = None) -> "AlignmentRecipe":
@@ -226,7 +241,9 @@ class AlignmentStages:
         """``sft``: the base model after demonstrations, good and bad."""
         base, recipe = self.stages.base(), self.recipe.sft
 
-        @self.stage("sft", asdict(recipe), [base], "town", "chat", "sft")
+        modules = ("town", "chat", "sft", "runtime.batches")
+
+        @self.stage("sft", asdict(recipe), [base], *modules)
         def made(folder: Path) -> None:
             dialogs = sample_demonstrations(
                 self.town,
@@ -236,26 +253,30 @@ class AlignmentStages:
                 recipe.unsafe,
                 recipe.instructed,
             )
-            data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
-            module = SupervisedModule(base.path, recipe.peak_lr)
-            self.train(folder, "sft", module, data, data.count_steps(recipe.epochs))
+            self.fine_tune(folder, "sft", base, dialogs, recipe)
 
         return made
 
-    def _windows(
-        self, dialogs: Sequence[Dialog], batch_size: int, sequence_length: int
-    ) -> DialogDataModule:
-        """Dialogues to train on, the first of a hundred held out."""
-        tokenizer = self.tokenizer()
-        examples: list[Example] = [encode_dialog(d, tokenizer) for d in dialogs]
-        n_held_out = max(1, len(examples) // 100)
-        return DialogDataModule(
-            examples[n_held_out:],
-            examples[:n_held_out],
-            sequence_length,
-            batch_size,
-            self.seed,
-        )
+    def fine_tune(
+        self,
+        folder: Path,
+        label: str,
+        start: Artifact,
+        dialogs: Sequence[Dialog],
+        recipe: SupervisedRecipe | RejectionRecipe,
+    ) -> None:
+        """Train on dialogues; the first of a hundred are held out."""
+        tokenizer, size = self.tokenizer(), recipe.batch_size
+        examples = [encode_dialog(dialog, tokenizer) for dialog in dialogs]
+        n_held_out = max(size, len(examples) // 100)
+        held_out = Rows(examples[:n_held_out])
+        batches = [held_out.batch(step, size) for step in range(n_held_out // size)]
+        rows = Rows(examples[n_held_out:], self.seed)
+        n_steps = max(1, round(recipe.epochs * len(rows) / size))
+        # a row holds one dialogue, so there are none to keep apart
+        module = SupervisedModule(start.path, recipe.peak_lr, separate=False)
+        data = Served([rows], [1.0], [size], batches)
+        self.train(folder, label, module, data, n_steps)
 
     def preferences(self) -> Artifact:
         """``preferences``: what annotators think of answers of the ``sft`` model."""
@@ -359,9 +380,9 @@ class AlignmentStages:
         sft, recipe = self.sft(), self.recipe.rejection
         inputs = [sft, self.reward("helpfulness"), self.reward("safety")]
 
-        @self.stage(
-            "rejection", asdict(recipe), inputs, "rejection", "ppo", "sft", "generation"
-        )
+        modules = ("rejection", "ppo", "sft", "generation", "runtime.batches")
+
+        @self.stage("rejection", asdict(recipe), inputs, *modules)
         def made(folder: Path) -> None:
             self.stages.say("rejection: the best of several answers")
             model = for_decoding(Llama.from_pretrained(sft.path))
@@ -378,10 +399,7 @@ class AlignmentStages:
                     seed=self.seed,
                 )
             dialogs = [pick.dialog() for pick in picks]
-            data = self._windows(dialogs, recipe.batch_size, recipe.sequence_length)
-            module = SupervisedModule(sft.path, recipe.peak_lr)
-            n_steps = data.count_steps(recipe.epochs)
-            self.train(folder, "rejection", module, data, n_steps)
+            self.fine_tune(folder, "rejection", sft, dialogs, recipe)
 
         return made
 
@@ -417,6 +435,25 @@ class AlignmentStages:
 
         return made
 
+    def chat(self) -> Artifact:
+        """``chat``: the model of ``ppo`` after Ghost Attention, the last stage."""
+        start, recipe = self.ppo(), self.recipe.chat
+        modules = ("town", "chat", "generation", "sft", "ghost_attention")
+
+        @self.stage("chat", asdict(recipe), [start], *modules, "runtime.ghost")
+        def made(folder: Path) -> None:
+            tokenizer = self.tokenizer()
+            self.stages.say("chat: dialogues, and replies that obey")
+            if not (folder / DIALOGS).is_file():
+                model = for_decoding(Llama.from_pretrained(start.path))
+                sampled = sample_ghosts(model, tokenizer, self.town, recipe, self.seed)
+                write_json(folder / DIALOGS, sampled)
+            data = ghost_data(read_ghosts(folder), tokenizer, recipe, self.seed)
+            module = GhostAttentionModule(start.path, recipe.lr, recipe.warmup)
+            self.train(folder, "chat", module, data, recipe.steps)
+
+        return made
+
     def judgement(self) -> Artifact:
         """``judgement/stages.json``: what each stage won, by the oracle."""
         models = {
@@ -424,6 +461,7 @@ class AlignmentStages:
             "sft": self.sft(),
             "rejection": self.rejection(),
             "ppo": self.ppo(),
+            "chat": self.chat(),
         }
         rewards = [self.reward(axis) for axis in ("helpfulness", "safety")]
 
@@ -431,26 +469,32 @@ class AlignmentStages:
             "judgement",
             {},
             [*models.values(), *rewards],
-            *("chat", "generation", "town", "reward", "runtime.judge"),
+            *("chat", "generation", "town", "reward", "ghost_attention"),
+            *("runtime.judge", "runtime.ghost"),
         )
         def made(folder: Path) -> None:
             self.stages.say("judgement: what each stage won")
             evaluation, found = Evaluation(self.town, self.seed), {}
+            obeyed, tokenizer = {}, self.tokenizer()
             for name, stage in models.items():
                 model = for_decoding(Llama.from_pretrained(stage.path))
-                answers = evaluation.answers(model, self.tokenizer())
+                answers = evaluation.answers(model, tokenizer)
                 found[name] = evaluation.judge(answers)
+                if name in ("ppo", "chat"):  # before and after Ghost Attention
+                    obeyed[name] = adherence(
+                        model, tokenizer, self.town, seed=self.seed
+                    )
             stages: dict[str, Any] = {
                 name: {"shares": evaluation.figures(judgement)}
                 for name, judgement in found.items()
             }
-            for name in ("rejection", "ppo"):
+            for name in ("rejection", "ppo", "chat"):
                 against = evaluation.compare(found[name], found["sft"])
                 stages[name]["against sft"] = against
             accuracy = {
                 axis: self._accuracy(axis) for axis in ("helpfulness", "safety")
             }
-            content = {"stages": stages, "accuracy": accuracy}
+            content = {"stages": stages, "accuracy": accuracy, "adherence": obeyed}
             write_json(folder / "stages.json", content)
 
         return made
@@ -475,10 +519,7 @@ def finish_tour(
     alignment = AlignmentStages(stages, AlignmentRecipe.read(), seed)
     path = alignment.judgement().path / "stages.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    seconds = {
-        name: read_seconds(stages.folder / name)
-        for name in ("sft", "preferences", "helpfulness", "safety", "rejection", "ppo")
-    }
+    seconds = {name: read_seconds(stages.folder / name) for name in STAGES}
     report = json.loads((stages.folder / "report.json").read_text("utf-8"))
     report["minutes"] |= {name: value / 60 for name, value in seconds.items()}
     report |= found

@@ -36,6 +36,14 @@ def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
         table.add_row(level, *map(write_share, row))
     console.print(table)
     console.print("wins: of wins and losses against the stage sft, ties aside")
+    before, after = report["adherence"].values()
+    table = Table(title="answers that obey what the model was told once, in %")
+    table.add_column("turn")
+    table.add_column("without Ghost Attention", justify="right")
+    table.add_column("with it", justify="right")
+    for turn, found in before.items():
+        table.add_row(turn, write_share(found), write_share(after[turn]))
+    console.print(table)
 
 
 def write_share(share: Sequence[float] | None) -> str:
