@@ -4,9 +4,27 @@ Exported from book/10_scaling.md, which explains every part. Edit it there,
 then `make export`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from llama2_lite.model import LlamaConfig
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import checkpoint
+
+from llama2_lite.layers import RMSNorm
+from llama2_lite.model import Llama, LlamaConfig
+from llama2_lite.pretraining import M
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ def parameter_shapes(config: LlamaConfig) -> list[tuple[int, int, int, str]]:
     width, hidden, n = config.dim, config.hidden_dim, config.n_layers
     queries, keys = (h * config.head_dim for h in (config.n_heads, config.n_kv_heads))
     return [
-        (1 if config.tie_embeddings else 2, config.vocab_size, width, "nothing"),
+        (1 if config.tie_embeddings else 2, config.vocab_size, width, "rows"),
         (2 * n + 1, width, 1, "nothing"),  # norms
         (n, queries, width, "rows"),  # wq
         (2 * n, keys, width, "rows"),  # wk, wv
@@ -185,13 +203,15 @@ def training_memory(
 
     held = held_parameters(config, shard, tensor)
     tied = 1 if config.tie_embeddings else 2
-    root = tied * vocabulary + width
+    root = tied * vocabulary // tensor + width
     block = (held_parameters(config, 1, tensor) - root) // config.n_layers
     kept = block_activations(config, windows, sequence, tensor, number, written_out)
     last_norm = tokens * (4 * width + 4 + number * width)
     scores = piece * config.vocab_size * (12 if number == 2 else 8)
     loss = last_norm + 2 * number * tokens * width + 4 * vocabulary
     loss += max(scores, scores // 2 + number * vocabulary)
+    if tensor > 1:
+        loss += number * vocabulary  # the whole output matrix
     backward = tokens * (4 * width + 2 * number * config.hidden_dim // tensor)
     backward += block * (number + 4)  # gradients before and while they are summed
     activations = config.n_layers * kept
@@ -275,23 +295,109 @@ def carbon_tonnes(gpu_hours: float, watts: float) -> float:
     return gpu_hours * watts / 1000 * PUE * CARBON / 1000
 
 
-def accumulation(batch: int, groups: int, windows: int) -> int:
-    """Parts in which each group of processes takes its share of a batch.
+def accumulation(batch: int, groups: int, at_most: int) -> int:
+    """Parts in which each group of processes takes its share of a batch: the fewest.
 
     Args:
         batch: windows of a batch over all processes.
         groups: of processes that get windows of their own.
-        windows: that a group takes at a time.
+        at_most: windows that a group can take at a time.
 
     Raises:
-        ValueError: if the batch cannot be divided so.
+        ValueError: if the groups cannot share the batch evenly.
     """
-    at_once = groups * windows
-    parts, rest = divmod(batch, at_once)
-    if rest:
-        near = at_once * max(1, round(batch / at_once))
+    share, rest = divmod(batch, groups)
+    if at_most < 1:
         raise ValueError(
-            f"{groups:,} groups x {windows:,} windows = {at_once:,} windows at a time, "
-            f"which does not divide a batch of {batch:,}; {near:,} would do"
+            f"a device must take at least 1 window at a time, not {at_most}"
         )
-    return parts
+    if rest or not share:
+        near = groups * max(1, round(batch / groups))
+        raise ValueError(
+            f"a batch of {batch:,} windows / {groups:,} groups of processes = "
+            f"{batch / groups:.2f} windows for each; a batch of {near:,} would do"
+        )
+    return next(
+        n for n in range(1, share + 1) if share % n == 0 and share // n <= at_most
+    )
+
+
+def make_mesh(device: str, sizes: tuple[int, int, int]) -> DeviceMesh:
+    """All processes in three dimensions, see `Layout.sizes`; neighbours share most."""
+    return init_device_mesh(
+        device, sizes, mesh_dim_names=("replicate", "shard", "tensor")
+    )
+
+
+def share_products(llama: Llama, mesh: DeviceMesh) -> None:
+    """Divide the matrices of a model on the device "meta" over a tensor group.
+
+    A process has whole heads, some hidden features, and some rows of the vocabulary;
+    norms it computes like all the others. Source: Shoeybi et al., 2019.
+    """
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    for block in llama.layers:
+        plan = {f"attention.{name}": columns for name in ("wq", "wk", "wv")}
+        plan |= {f"feed_forward.{name}": columns for name in ("w1", "w3")}
+        parallelize_module(block, mesh, plan | {"attention.wo": rows})
+        parallelize_module(block, mesh, {"feed_forward.w2": rows})
+    whole = Replicate()
+    ends = {
+        "tok_embeddings": RowwiseParallel(input_layouts=whole),
+        "output": ColwiseParallel(output_layouts=whole),
+    }
+    parallelize_module(llama, mesh, ends)
+    if llama.config.tie_embeddings:
+        llama.output.weight = llama.tok_embeddings.weight
+    for module in llama.modules():
+        if isinstance(module, RMSNorm):
+            distribute_module(module, mesh, input_fn=_enter, output_fn=_leave)
+
+
+def _enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    """Mark a tensor that all processes have alike."""
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+
+def _leave(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+    """Undo `_enter`."""
+    return output.to_local()
+
+
+def lay_out(
+    build: Callable[[], M],
+    fill: Callable[[M], None],
+    mesh: DeviceMesh,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+) -> M:
+    """Make a model of which each process has its part, and never more.
+
+    Args:
+        build: makes the model; called for the device "meta".
+        fill: gives the parameters their values, one whole parameter at a time.
+        mesh: from `make_mesh`.
+        layout: what else to do.
+        dtype: of weights while they compute; they are stored, and their gradients
+            summed, in fp32.
+    """
+    with torch.device("meta"):
+        model: Any = build()
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    is_hybrid = mesh["replicate"].size() > 1
+    data = mesh["replicate", "shard"] if is_hybrid else mesh["shard"]
+    shard = partial(fully_shard, mesh=data, mp_policy=policy)
+    for llama in [part for part in model.modules() if isinstance(part, Llama)]:
+        if mesh["tensor"].size() > 1:
+            share_products(llama, mesh["tensor"])
+        for block in llama.layers:
+            if layout.checkpoint_activations:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if layout.compile:
+                block.compile()
+            shard(block)
+    shard(model)
+    model.to_empty(device=mesh.device_type)
+    with implicit_replication():
+        fill(model)
+    return model

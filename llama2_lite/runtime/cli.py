@@ -83,7 +83,31 @@ def make_parser() -> Parser:
     add("--temperature", type=float, default=0.6, help="(%(default)s)")
     add("--top-p", type=float, default=0.9, help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
+    add_plan(commands)
     return parser
+
+
+def add_plan(commands: Any) -> None:
+    """The arguments of `llama2-lite plan`."""
+    plan = commands.add_parser(
+        "plan",
+        help="say what training a model takes: memory, days, energy, carbon",
+        description="Say what training a model takes on so many GPUs: memory on each "
+        "by kind, operations, days, energy and carbon; and what does not fit, and why.",
+    )
+    add = plan.add_argument
+    add("--model", required=True, metavar="SIZE", help="7b, 13b, 34b, 70b, 1b, ...")
+    add("--gpus", type=int, default=1, metavar="N", help="how many (%(default)s)")
+    add("--gpu", default="a100-80gb", metavar="NAME", help="which (%(default)s)")
+    add("--tp", type=int, default=1, metavar="N", help="share each product (1)")
+    add("--shard", type=int, default=0, metavar="N", help="share a copy (0: all)")
+    add("--sequence", type=int, metavar="N", help="tokens of a window (the context)")
+    add("--device-batch", type=int, default=1, metavar="N", help="windows at a time")
+    add("--batch-tokens", default="4M", metavar="N", help="M: 2^20 (%(default)s)")
+    add("--tokens", default="2T", metavar="N", help="in all; T: 10^12 (%(default)s)")
+    add("--mfu", type=float, default=0.4, metavar="X", help="0 to 1 (%(default)s)")
+    add("--gpu-hours", type=float, metavar="X", help="in place of --mfu")
+    add("--watts", type=float, metavar="X", help="of a GPU (the most it draws)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,6 +187,7 @@ def run_command(arguments: list[str]) -> None:
         "tour": run_tour,
         "generate": run_generate,
         "chat": run_chat,
+        "plan": run_plan,
     }
     name = arguments[0] if arguments else "--help"
     known = (*commands, *SUMMARIES)
@@ -272,6 +297,13 @@ def run_chat(options: argparse.Namespace) -> None:
         print(text, end="", flush=True)
 
     talk(conversation, read_lines(), write)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Print what a training takes."""
+    from llama2_lite.runtime.plan import plan
+
+    print(plan(options))
 
 
 def _chain(first: int, rest: Any) -> Any:
