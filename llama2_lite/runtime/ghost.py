@@ -122,7 +122,7 @@ def adherence(
     tokenizer: Tokenizer,
     town: Town,
     *,
-    n_dialogs: int = 110,
+    n_dialogs: int = 66,
     turns: Sequence[int] = TURNS,
     split: str = "train",
     seed: int = 0,
