@@ -335,18 +335,15 @@ def share_products(llama: Llama, mesh: DeviceMesh) -> None:
     A process has whole heads, some hidden features, and some rows of the vocabulary;
     norms it computes like all the others. Source: Shoeybi et al., 2019.
     """
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    for block in llama.layers:
-        plan = {f"attention.{name}": columns for name in ("wq", "wk", "wv")}
-        plan |= {f"feed_forward.{name}": columns for name in ("w1", "w3")}
-        parallelize_module(block, mesh, plan | {"attention.wo": rows})
-        parallelize_module(block, mesh, {"feed_forward.w2": rows})
-    whole = Replicate()
-    ends = {
-        "tok_embeddings": RowwiseParallel(input_layouts=whole),
-        "output": ColwiseParallel(output_layouts=whole),
+    plan = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
+        "layers.*.attention.w[qkv]": ColwiseParallel(),
+        "layers.*.attention.wo": RowwiseParallel(),
+        "layers.*.feed_forward.w[13]": ColwiseParallel(),
+        "layers.*.feed_forward.w2": RowwiseParallel(),
+        "output": ColwiseParallel(output_layouts=Replicate()),
     }
-    parallelize_module(llama, mesh, ends)
+    parallelize_module(llama, mesh, plan)
     if llama.config.tie_embeddings:
         llama.output.weight = llama.tok_embeddings.weight
     for module in llama.modules():
