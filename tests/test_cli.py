@@ -70,7 +70,7 @@ def pretrain(text, folder, *more):
 
 
 @pytest.mark.parametrize(
-    "name", [None, "tour", "generate", "chat", "pretrain", *ALIGNMENT]
+    "name", [None, "tour", "generate", "chat", "plan", "pretrain", *ALIGNMENT]
 )
 def test_help_imports_nothing_heavy(name):
     arguments = [] if name is None else [name]

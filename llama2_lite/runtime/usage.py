@@ -7,7 +7,8 @@ usage: llama2-lite pretrain --config NAME_OR_FILE [--key value ...]
 Train a Llama from the built-in town or from your own .txt, .jsonl or .parquet files.
 Stopped at any moment, the same command continues.
 
-  --config NAME_OR_FILE    town, text, or a YAML file; may be given several times
+  --config NAME_OR_FILE    town, text, 15m, 110m, 1b, 7b, 13b, 34b, 70b, or a YAML file;
+                           may be given several times
   --output FOLDER          of the run: checkpoints, logs, and model/ at the end
   --data.files PATTERN     what to read, or '[a.txt, b/*.jsonl]'; the town if left out
   --data.text_field NAME   JSON key or Parquet column with the text (text)
