@@ -199,6 +199,8 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".run.json.*"):  # a kill cut its writing short
+        path.unlink(missing_ok=True)
     try:
         found = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
