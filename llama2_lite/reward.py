@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llama2_lite.chat import Dialog, answer, encode_dialog, weigh_part
+from llama2_lite.chat import Dialog, Example, answer, encode_dialog, weigh_part
 from llama2_lite.model import (
     WEIGHTS,
     Llama,
@@ -240,26 +240,45 @@ class RewardModel(nn.Module):
         """The sizes of the Llama."""
         return self.llama.config
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, lengths: Tensor, starts: Tensor | None = None
+    ) -> Tensor:
         """Raw scores of dialogues, (B,).
 
         Args:
             tokens: ids, (B, T), padded behind with anything.
             lengths: of the dialogues, (B,).
+            starts: where the answers begin, (B,). If given, (B, 2) comes back: the
+                scores, and the means of what the row reads at the answers' tokens.
         """
         hidden = self.llama(tokens, return_hidden=True)  # (B, T, C)
         rows = torch.arange(len(tokens), device=tokens.device)
-        last = hidden[rows, lengths - 1]  # (B, C)
-        return self.head(last)[:, 0].float()
+        if starts is None:
+            return self.head(hidden[rows, lengths - 1])[:, 0].float()
+        read = self.head(hidden)[:, :, 0].float()  # (B, T)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        inside = (place >= starts[:, None]) & (place < lengths[:, None])
+        means = (read * inside).sum(1) / inside.sum(1)
+        return torch.stack([read[rows, lengths - 1], means], 1)
 
-    def score_rows(self, tokens: Tensor, lengths: Tensor, pieces: int = 4) -> Tensor:
-        """What `forward` gives, (B,), with rows of like length computed together.
+    def score_rows(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        starts: Tensor | None = None,
+        pieces: int = 4,
+    ) -> Tensor:
+        """What `forward` gives, with rows of like length computed together.
 
         Each piece of the batch is only as wide as its own longest row.
         """
         order = lengths.argsort()
         parts = [
-            self(tokens[rows, : int(lengths[rows].max())], lengths[rows])
+            self(
+                tokens[rows, : int(lengths[rows].max())],
+                lengths[rows],
+                None if starts is None else starts[rows],
+            )
             for rows in order.chunk(pieces)
         ]
         return torch.cat(parts)[order.argsort()]
@@ -274,7 +293,9 @@ class RewardModel(nn.Module):
             ValueError: if a dialogue is refused, ends otherwise, or is too long.
         """
         rows = [
-            encode_answered(dialog, tokenizer, self.config.max_seq_len, f"dialogue {i}")
+            encode_answered(
+                dialog, tokenizer, self.config.max_seq_len, f"dialogue {i}"
+            ).ids
             for i, dialog in enumerate(dialogs)
         ]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -375,21 +396,21 @@ def add_head(folder: Path, weight: Tensor) -> None:
 
 def encode_answered(
     dialog: Dialog, tokenizer: Tokenizer, limit: int, name: str
-) -> list[int]:
-    """Ids of a dialogue that ends with the assistant, at most ``limit`` of them.
+) -> Example:
+    """A dialogue that ends with the assistant, at most ``limit`` tokens of it.
 
     Raises:
         ValueError: if it is refused, ends otherwise, or is too long; with its name.
     """
     try:
-        ids = encode_dialog(dialog, tokenizer).ids
+        example = encode_dialog(dialog, tokenizer, train_on="last")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if dialog[-1]["role"] != "assistant":
         raise ValueError(f"{name} does not end with an answer, so none can be scored")
-    if len(ids) > limit:
-        raise ValueError(f"{name} has {len(ids)} tokens, but {limit} are the limit")
-    return ids
+    if (n := len(example.ids)) > limit:
+        raise ValueError(f"{name} has {n} tokens, but {limit} are the limit")
+    return example
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -407,26 +428,35 @@ def answered(prompt: Sequence[Any], text: str) -> Dialog:
 
 
 class PairBatch(NamedTuple):
-    """B pairs as 2B rows: the chosen answers, then the rejected ones.
+    """B pairs of N different dialogues.
 
     Attributes:
-        tokens: prompts with answers, (2B, T), padded behind.
-        lengths: (2B,).
+        tokens: prompts with answers, (N, T), padded behind.
+        lengths: (N,).
+        starts: where the answers begin, (N,).
+        sides: the rows of the B chosen answers, then those of the rejected ones, (2B,).
         margins: (B,).
-        is_safe: 1, 0 or -1 for unknown, (2B,).
+        is_safe: of the sides, 1, 0 or -1 for unknown, (2B,).
         weight: of the safety loss of this part of a step's batch, see
             `llama2_lite.chat.weigh_part`.
     """
 
     tokens: Tensor
     lengths: Tensor
+    starts: Tensor
+    sides: Tensor
     margins: Tensor
     is_safe: Tensor
     weight: float = 1.0
 
 
+Row = tuple[tuple[int, ...], int]  # tokens, and where the answer begins
+
+
 class PreferenceDataset:
     """Pairs as tokens, in a new order in each epoch.
+
+    Pairs that follow one another and share an answer stay together.
 
     Args:
         pairs: what annotators preferred; without a level the margin is 0, without a
@@ -460,16 +490,22 @@ class PreferenceDataset:
         by_level = {None: 0.0, **choose_named(margins, "margin", MARGINS)}
         self.margins = [by_level[pair.level] for pair in pairs]
         self.is_safe = [safety_of_pair(pair) for pair in pairs]
-        self.rows: list[tuple[list[int], list[int]]] = []
+        self.rows: list[list[Row]] = []
+        self._groups: list[list[int]] = []
         for number, pair in enumerate(pairs):
             if pair.chosen.strip() == pair.rejected.strip():
                 raise ValueError(f"pair {number}: both answers are the same")
-            chosen, rejected = (
+            examples = [
                 encode_answered(dialog, tokenizer, sequence_length, f"pair {number}")
                 for dialog in dialogs_of(pair)
-            )
-            self.rows.append((chosen, rejected))
-        self.n_tokens = sum(len(row) for pair in self.rows for row in pair)
+            ]
+            rows = [(tuple(ids), mask.index(True)) for ids, mask in examples]
+            if self.rows and set(rows) & set(self.rows[-1]):
+                self._groups[-1].append(number)
+            else:
+                self._groups.append([number])
+            self.rows.append(rows)
+        self.n_tokens = sum(len(ids) for pair in self.rows for ids, _ in pair)
 
     def __len__(self) -> int:
         """Pairs in an epoch."""
@@ -477,10 +513,15 @@ class PreferenceDataset:
 
     def pairs(self, numbers: Sequence[int]) -> PairBatch:
         """Some of the pairs, by their numbers, as a batch."""
-        sides = [[self.rows[i][side] for i in numbers] for side in (0, 1)]
-        safe = [self.is_safe[i][side] for side in (0, 1) for i in numbers]
-        margins = torch.tensor([self.margins[i] for i in numbers])
-        return PairBatch(*pad_rows(sides[0] + sides[1]), margins, torch.tensor(safe))
+        sides = [self.rows[i][side] for side in (0, 1) for i in numbers]
+        places = {row: place for place, row in enumerate(dict.fromkeys(sides))}
+        return PairBatch(
+            *pad_rows([ids for ids, _ in places]),
+            starts=torch.tensor([start for _, start in places]),
+            sides=torch.tensor([places[row] for row in sides]),
+            margins=torch.tensor([self.margins[i] for i in numbers]),
+            is_safe=torch.tensor([self.is_safe[i][s] for s in (0, 1) for i in numbers]),
+        )
 
     def batch(
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
@@ -499,8 +540,9 @@ class PreferenceDataset:
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-            self._orders = {epoch: order.tolist()}
+            random = np.random.default_rng([self.seed, epoch])
+            groups = [self._groups[i] for i in random.permutation(len(self._groups))]
+            self._orders = {epoch: [number for group in groups for number in group]}
         return self._orders[epoch]
 
 
@@ -558,6 +600,7 @@ class RewardModule(PretrainingModule):
         chat: folder of the chat model to start from.
         peak_lr: the highest learning rate.
         safety_weight: of the auxiliary `safety_loss`.
+        token_weight: of the ranking loss of the means over the answers' tokens.
         weight_decay, clip_norm, lay_out: see `PretrainingModule`.
     """
 
@@ -568,6 +611,7 @@ class RewardModule(PretrainingModule):
         chat: str | Path,
         peak_lr: float = 1e-5,
         safety_weight: float = 0.0,
+        token_weight: float = 0.0,
         weight_decay: float = 0.1,
         clip_norm: float = 1.0,
         lay_out: LayOut[Any] = on_one_device,
@@ -580,7 +624,7 @@ class RewardModule(PretrainingModule):
             lay_out=lay_out,
         )
         self.chat = Path(chat)
-        self.safety_weight = safety_weight
+        self.safety_weight, self.token_weight = safety_weight, token_weight
 
     def build(self) -> RewardModel:  # type: ignore[override]
         """The chat model with one output."""
@@ -596,14 +640,18 @@ class RewardModule(PretrainingModule):
         self.warmup = max(5, math.ceil(0.03 * self.trainer.max_steps))
 
     def loss(self, batch: PairBatch) -> Tensor:  # type: ignore[override]
-        """Ranking loss, and the safety loss with its weight."""
+        """Ranking loss, and the other two with their weights."""
         return self._losses(batch)[0]
 
     def _losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The loss, and which pairs are ranked as annotators did, (B,)."""
-        scores = self.model.score_rows(batch.tokens, batch.lengths)
+        read = self.model.score_rows(batch.tokens, batch.lengths, batch.starts)
+        scores, means = read[batch.sides].unbind(1)  # (2B,) each
         chosen, rejected = scores.chunk(2)
         loss = ranking_loss(chosen, rejected, batch.margins)
+        if self.token_weight:
+            by_token = ranking_loss(*means.chunk(2), batch.margins)
+            loss = loss + self.token_weight * by_token
         if self.safety_weight:
             weight = self.safety_weight * batch.weight
             loss = loss + weight * safety_loss(scores, batch.is_safe)

@@ -199,8 +199,24 @@ def test_padding_and_company_change_no_score(
         model.score(tokenizer, dialogs, batch_size=3), together, atol=1e-5, rtol=0
     )
     for pieces in (1, 3, 7, 100):
-        found = model.score_rows(tokens, lengths, pieces)
+        found = model.score_rows(tokens, lengths, pieces=pieces)
         torch.testing.assert_close(found, together, atol=1e-5, rtol=0)
+
+
+def test_means_are_over_the_tokens_of_the_answers(
+    chat: Path, tokenizer: Tokenizer, pairs: list[Preference]
+) -> None:
+    model = trained_head(chat)
+    batch = PreferenceDataset(pairs[:6], tokenizer, 256).pairs(range(6))
+    found = model.score_rows(batch.tokens, batch.lengths, batch.starts, pieces=3)
+    rows = zip(batch.tokens, batch.lengths, batch.starts, found, strict=True)
+    for row, length, start, (score, mean) in rows:
+        ids = row[:length]
+        assert tokenizer.decode(ids[:start].tolist()).endswith("[/INST]")
+        read = [model(ids[None, :n], torch.tensor([n])) for n in range(1, length + 1)]
+        torch.testing.assert_close(score, read[-1][0], atol=1e-5, rtol=0)
+        expected = torch.cat(read[start:]).mean()
+        torch.testing.assert_close(mean, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
@@ -371,12 +387,32 @@ def test_batches_hold_pairs_side_by_side(
     assert len(data) == len(pairs)
     batch = data.pairs([5, 2])
     expected = [dialogs_of(pairs[i])[side] for side in (0, 1) for i in (5, 2)]
-    for row, length, dialog in zip(batch.tokens, batch.lengths, expected, strict=True):
+    for side, dialog in zip(batch.sides, expected, strict=True):
+        row, length = batch.tokens[side], batch.lengths[side]
         assert row[:length].tolist() == encode_dialog(dialog, tokenizer).ids
         assert row[length:].abs().sum() == 0
     margins = [MARGINS["large"][pairs[i].level] for i in (5, 2)]
     assert batch.margins.tolist() == margins
     assert batch.is_safe.tolist() == [UNKNOWN] * 4
+
+
+def test_pairs_that_share_an_answer_stay_together_and_share_its_row(
+    tokenizer: Tokenizer,
+) -> None:
+    pairs = [
+        Preference(prompt(f"What is {i}?"), *answers)
+        for i in range(7)
+        for answers in (("Good.", "Bad."), ("Good.", "Worse."), ("Bad.", "Worse."))
+    ]
+    data = PreferenceDataset(pairs, tokenizer, 64, seed=2)
+    seen = []
+    for step in range(14):  # two epochs
+        batch = data.batch(step, 3)
+        assert len(batch.tokens) == 3
+        assert sorted(batch.sides.tolist()) == [0, 0, 1, 1, 2, 2]
+        seen.append(tuple(map(tuple, batch.tokens.tolist())))
+    assert len(set(seen[:7])) == 7
+    assert seen[:7] != seen[7:]
 
 
 def test_safety_bins_become_labels(tokenizer: Tokenizer) -> None:
@@ -400,8 +436,8 @@ def test_an_epoch_shows_each_pair_once_whatever_the_processes(
         for step in steps:
             for rank in range(world_size):
                 batch = data.batch(step, size, rank, world_size)
-                for row, length in zip(batch.tokens, batch.lengths, strict=True):
-                    rows.append(row[:length].tolist())
+                for side in batch.sides:
+                    rows.append(batch.tokens[side, : batch.lengths[side]].tolist())
         return rows
 
     everything = sorted(shown(range(3), 4, 1))
