@@ -101,6 +101,7 @@ def test_missing_file(tmp_path, fails):
         (["--trainer.max_steps=-1"], ["max_steps"]),
         (["--config=nowhere.yaml"], ["nowhere.yaml", "text, tour, town"]),
         (["stray"], ["'stray'"]),
+        (["--prompts=[ROMEO:]"], ["prompts: [ROMEO:]", "quotes"]),
     ],
 )
 def test_bad_settings(tmp_path, text, fails, arguments, words):  # noqa: F811

@@ -69,6 +69,15 @@ def pretrain(text, folder, *more):
     )
 
 
+@pytest.mark.parametrize("prompts", ["7 and:", '["7 and:", "8"]'])
+def test_prompts_are_one_text_or_several(text, tmp_path, capsys, prompts):
+    more = [f"--prompts={prompts}", "--trainer.max_steps=1"]
+    assert pretrain(text, tmp_path / "run", *more) == 0
+    said = capsys.readouterr().out
+    assert "\n7 and:" in said
+    assert ("\n8" in said) == ("8" in prompts)
+
+
 @pytest.mark.parametrize(
     "name", [None, "tour", "generate", "chat", "plan", "pretrain", *ALIGNMENT]
 )

@@ -15,7 +15,7 @@ from llama2_lite.model import Llama
 from llama2_lite.ppo import PPOModule, PPOSettings
 from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
 from llama2_lite.runtime.artifacts import write_json
-from llama2_lite.runtime.command import TrainingCommand
+from llama2_lite.runtime.command import TrainingCommand, as_texts
 from llama2_lite.runtime.file_data import (
     DialogFiles,
     FileData,
@@ -102,11 +102,11 @@ class SupervisedCommand(AlignmentCommand):
         """What belongs to no class."""
         super().add_default_arguments_to_parser(parser)
         add = parser.add_argument
-        add("--prompts", type=list[str], default=[], help="What to answer at the end.")
+        add("--prompts", type=str | list[str], default=[], help="What to answer last.")
 
     def finish(self, folder: Path) -> None:
         """Answer the prompts, and say how well held-out answers are predicted."""
-        if prompts := self.config.prompts:
+        if prompts := as_texts("prompts", self.config.prompts):
             model = Llama.from_pretrained(folder / "model")
             dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
             answers = answer(model, self.tokenizer(), dialogs, max_new_tokens=128)

@@ -163,6 +163,20 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def as_texts(key: str, value: str | list[str]) -> list[str]:
+    """One text or several, as a command line gives them.
+
+    Raises:
+        ValueError: if a list was meant, but YAML reads its texts as something else.
+    """
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        raise ValueError(
+            f"{key}: {value} is no list of texts; put each of them into quotes, as in "
+            """'["ROMEO:", "JULIET:"]'"""
+        )
+    return as_list(value)
+
+
 def with_config_paths(arguments: list[str]) -> list[str]:
     """Arguments in which each ``--config NAME`` is a path to a readable file."""
     found: list[str] = []

@@ -9,7 +9,7 @@ from llama2_lite.corpus import TokenDataset
 from llama2_lite.model import Llama
 from llama2_lite.pretraining import PretrainingModule
 from llama2_lite.runtime.artifacts import write_json
-from llama2_lite.runtime.command import TrainingCommand
+from llama2_lite.runtime.command import TrainingCommand, as_texts
 from llama2_lite.runtime.progress import Samples, write_on
 from llama2_lite.runtime.text_data import TextDataModule, choose_vocab_size
 from llama2_lite.runtime.training import bits_per_character, evaluate_loss
@@ -26,7 +26,7 @@ class Pretrain(TrainingCommand):
         """What belongs to no class."""
         super().add_default_arguments_to_parser(parser)
         add = parser.add_argument
-        add("--prompts", type=list[str], default=[""], help="What samples continue.")
+        add("--prompts", type=str | list[str], default=[""], help="What to continue.")
         add("--sample_tokens", type=int, default=200, help="Length of a sample.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -40,15 +40,19 @@ class Pretrain(TrainingCommand):
             compute_fn=choose_vocab_size,
         )
 
+    def prompts(self) -> list[str]:
+        """What samples continue."""
+        return as_texts("prompts", self.config.prompts)
+
     def callbacks(self) -> list[Callback]:
         """Progress and samples."""
-        samples = Samples(self.tokenizer, self.config.prompts, self.console)
+        samples = Samples(self.tokenizer, self.prompts(), self.console)
         return [*super().callbacks(), samples]
 
     def finish(self, folder: Path) -> None:
         """Show what the best model writes, and measure it on all held-out text."""
         model = Llama.from_pretrained(folder / "model")
-        for prompt in self.config.prompts:
+        for prompt in self.prompts():
             text = write_on(model, self.tokenizer(), prompt, self.config.sample_tokens)
             print(f"\n{text}")
         length = max(length for _, length, _ in self.datamodule.lengths)

@@ -19,7 +19,7 @@ Stopped at any moment, the same command continues.
   --model.config.dim N     and n_layers, n_heads, n_kv_heads, hidden_dim, max_seq_len
   --model.peak_lr X        and warmup, weight_decay, clip_norm
   --trainer.max_steps N    and every other argument of Lightning's Trainer
-  --prompts '[ROMEO:]'     what the samples continue
+  --prompts 'ROMEO:'       what the samples continue, or '["ROMEO:", "JULIET:"]'
   --seed N                 of the weights and the order of the data (0)
   --force                  start anew in a folder that is used
   --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
@@ -41,7 +41,7 @@ Fine-tune a model on dialogues: it learns the answers.
   --data.validation_fraction X   of the prompts, held out (0.1)
   --model.peak_lr X        and warmup, weight_decay, clip_norm
   --model.separate true|false   whether dialogues of a window see each other (true: no)
-  --prompts '[Hello]'      what to answer at the end
+  --prompts 'Hello'        what to answer at the end, or '["Hello", "Who?"]'
 """,
     "reward": """\
 usage: llama2-lite reward --config reward --start FOLDER --data.files PATTERN ...
@@ -80,7 +80,7 @@ Answer prompts several times, keep the best answers by reward models, and learn 
   --data.max_new_tokens N  longest answer (64)
   --data.epochs X          and batch_size, sequence_length, validation_fraction
   --model.peak_lr X        and warmup, weight_decay, clip_norm, separate
-  --prompts '[Hello]'      what to answer at the end
+  --prompts 'Hello'        what to answer at the end, or '["Hello", "Who?"]'
 """,
     "ppo": """\
 usage: llama2-lite ppo --config ppo --start FOLDER --data.files PATTERN ...
