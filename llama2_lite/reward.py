@@ -456,7 +456,7 @@ Row = tuple[tuple[int, ...], int]  # tokens, and where the answer begins
 class PreferenceDataset:
     """Pairs as tokens, in a new order in each epoch.
 
-    Pairs that follow one another and share an answer stay together.
+    Pairs of one prompt stay together.
 
     Args:
         pairs: what annotators preferred; without a level the margin is 0, without a
@@ -491,7 +491,7 @@ class PreferenceDataset:
         self.margins = [by_level[pair.level] for pair in pairs]
         self.is_safe = [safety_of_pair(pair) for pair in pairs]
         self.rows: list[list[Row]] = []
-        self._groups: list[list[int]] = []
+        of_prompt: dict[tuple[int, ...], list[int]] = {}
         for number, pair in enumerate(pairs):
             if pair.chosen.strip() == pair.rejected.strip():
                 raise ValueError(f"pair {number}: both answers are the same")
@@ -499,12 +499,10 @@ class PreferenceDataset:
                 encode_answered(dialog, tokenizer, sequence_length, f"pair {number}")
                 for dialog in dialogs_of(pair)
             ]
-            rows = [(tuple(ids), mask.index(True)) for ids, mask in examples]
-            if self.rows and set(rows) & set(self.rows[-1]):
-                self._groups[-1].append(number)
-            else:
-                self._groups.append([number])
-            self.rows.append(rows)
+            start = examples[0].loss_mask.index(True)
+            self.rows.append([(tuple(ids), start) for ids, _ in examples])
+            of_prompt.setdefault(tuple(examples[0].ids[:start]), []).append(number)
+        self._groups = list(of_prompt.values())
         self.n_tokens = sum(len(ids) for pair in self.rows for ids, _ in pair)
 
     def __len__(self) -> int:

@@ -396,13 +396,13 @@ def test_batches_hold_pairs_side_by_side(
     assert batch.is_safe.tolist() == [UNKNOWN] * 4
 
 
-def test_pairs_that_share_an_answer_stay_together_and_share_its_row(
+def test_pairs_of_one_prompt_stay_together_and_share_rows(
     tokenizer: Tokenizer,
 ) -> None:
     pairs = [
         Preference(prompt(f"What is {i}?"), *answers)
-        for i in range(7)
         for answers in (("Good.", "Bad."), ("Good.", "Worse."), ("Bad.", "Worse."))
+        for i in range(7)
     ]
     data = PreferenceDataset(pairs, tokenizer, 64, seed=2)
     seen = []

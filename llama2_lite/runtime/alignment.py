@@ -113,6 +113,7 @@ class RewardRecipe:
 
     margins: str
     safety_weight: float
+    token_weight: float
     peak_lr: float
     epochs: float
     batch_size: int
@@ -356,7 +357,9 @@ class AlignmentStages:
                 for some in (own, self.read_pairs(f"held_out_{axis}"))
             )
             data = PreferenceDataModule(train, held_out, recipe.batch_size)
-            module = RewardModule(sft.path, recipe.peak_lr, weight)
+            module = RewardModule(
+                sft.path, recipe.peak_lr, weight, recipe.token_weight
+            )
             n_steps = data.count_steps(recipe.epochs)
             self.train(folder, axis, module, data, n_steps)
 
