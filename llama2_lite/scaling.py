@@ -27,6 +27,38 @@ from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import M
 
 
+def block_activations(
+    config: LlamaConfig,
+    windows: int,
+    sequence: int,
+    tensor: int = 1,
+    number: int = 2,
+    written_out: bool = False,
+) -> int:
+    """Bytes that one block keeps for the backward pass.
+
+    Args:
+        config: of the model.
+        windows, sequence: how many, and tokens of each.
+        tensor: processes that share each product.
+        number: bytes of a number in products and between blocks.
+        written_out: whether attention keeps its probabilities, as
+            `llama2_lite.attention.attend_written_out` does.
+    """
+    heads, width = config.n_heads, config.dim
+    queries, keys = (h * config.head_dim for h in (heads, config.n_kv_heads))
+    # of a norm: its input in fp32, the length of it, the result, and that with gains
+    norms = 2 * (4 * width + 4 + 2 * number * width)
+    if written_out:
+        attention = number * (4 * queries + heads * sequence)
+    else:
+        attention = number * (2 * queries + 2 * keys) + 4 * heads
+    feed_forward = 4 * number * config.hidden_dim
+    tokens = windows * sequence
+    rotary = 2 * 4 * config.head_dim * sequence
+    return tokens * (norms + (attention + feed_forward) // tensor) + rotary
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model is laid out over processes, one for each device.
@@ -136,38 +168,6 @@ class Memory:
         return sum(vars(self).values())
 
 
-def block_activations(
-    config: LlamaConfig,
-    windows: int,
-    sequence: int,
-    tensor: int = 1,
-    number: int = 2,
-    written_out: bool = False,
-) -> int:
-    """Bytes that one block keeps for the backward pass.
-
-    Args:
-        config: of the model.
-        windows, sequence: how many, and tokens of each.
-        tensor: processes that share each product.
-        number: bytes of a number in products and between blocks.
-        written_out: whether attention keeps its probabilities, as
-            `llama2_lite.attention.attend_written_out` does.
-    """
-    heads, width = config.n_heads, config.dim
-    queries, keys = (h * config.head_dim for h in (heads, config.n_kv_heads))
-    # of a norm: its input in fp32, the length of it, the result, and that with gains
-    norms = 2 * (4 * width + 4 + 2 * number * width)
-    if written_out:
-        attention = number * (4 * queries + heads * sequence)
-    else:
-        attention = number * (2 * queries + 2 * keys) + 4 * heads
-    feed_forward = 4 * number * config.hidden_dim
-    tokens = windows * sequence
-    rotary = 2 * 4 * config.head_dim * sequence
-    return tokens * (norms + (attention + feed_forward) // tensor) + rotary
-
-
 PIECE = 512  # tokens whose logits exist at a time, see `vocabulary_loss`
 
 
@@ -234,6 +234,84 @@ def cache_bytes(
     """Keys and values on one device while it generates, in bf16."""
     numbers = config.n_layers * config.n_kv_heads * config.head_dim
     return 2 * 2 * numbers * windows * sequence // tensor
+
+
+def make_mesh(device: str, sizes: tuple[int, int, int]) -> DeviceMesh:
+    """All processes in three dimensions, see `Layout.sizes`; neighbours share most."""
+    return init_device_mesh(
+        device, sizes, mesh_dim_names=("replicate", "shard", "tensor")
+    )
+
+
+def share_products(llama: Llama, mesh: DeviceMesh) -> None:
+    """Divide the matrices of a model on the device "meta" over a tensor group.
+
+    A process has whole heads, some hidden features, and some rows of the vocabulary;
+    norms it computes like all the others. Source: Shoeybi et al., 2019.
+    """
+    plan = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
+        "layers.*.attention.w[qkv]": ColwiseParallel(),
+        "layers.*.attention.wo": RowwiseParallel(),
+        "layers.*.feed_forward.w[13]": ColwiseParallel(),
+        "layers.*.feed_forward.w2": RowwiseParallel(),
+        "output": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(llama, mesh, plan)
+    if llama.config.tie_embeddings:
+        llama.output.weight = llama.tok_embeddings.weight
+    for module in llama.modules():
+        if isinstance(module, RMSNorm):
+            distribute_module(module, mesh, input_fn=_enter, output_fn=_leave)
+
+
+def _enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    """Mark a tensor that all processes have alike."""
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+
+def _leave(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+    """Undo `_enter`."""
+    return output.to_local()
+
+
+def lay_out(
+    build: Callable[[], M],
+    fill: Callable[[M], None],
+    mesh: DeviceMesh,
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+) -> M:
+    """Make a model of which each process has its part, and never more.
+
+    Args:
+        build: makes the model; called for the device "meta".
+        fill: gives the parameters their values, one whole parameter at a time.
+        mesh: from `make_mesh`.
+        layout: what else to do.
+        dtype: of weights while they compute; they are stored, and their gradients
+            summed, in fp32.
+    """
+    with torch.device("meta"):
+        model: Any = build()
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    is_hybrid = mesh["replicate"].size() > 1
+    data = mesh["replicate", "shard"] if is_hybrid else mesh["shard"]
+    shard = partial(fully_shard, mesh=data, mp_policy=policy)
+    for llama in [part for part in model.modules() if isinstance(part, Llama)]:
+        if mesh["tensor"].size() > 1:
+            share_products(llama, mesh["tensor"])
+        for block in llama.layers:
+            if layout.checkpoint_activations:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if layout.compile:
+                block.compile()
+            shard(block)
+    shard(model)
+    model.to_empty(device=mesh.device_type)
+    with implicit_replication():
+        fill(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -320,81 +398,3 @@ def accumulation(batch: int, groups: int, at_most: int) -> int:
     return next(
         n for n in range(1, share + 1) if share % n == 0 and share // n <= at_most
     )
-
-
-def make_mesh(device: str, sizes: tuple[int, int, int]) -> DeviceMesh:
-    """All processes in three dimensions, see `Layout.sizes`; neighbours share most."""
-    return init_device_mesh(
-        device, sizes, mesh_dim_names=("replicate", "shard", "tensor")
-    )
-
-
-def share_products(llama: Llama, mesh: DeviceMesh) -> None:
-    """Divide the matrices of a model on the device "meta" over a tensor group.
-
-    A process has whole heads, some hidden features, and some rows of the vocabulary;
-    norms it computes like all the others. Source: Shoeybi et al., 2019.
-    """
-    plan = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
-        "layers.*.attention.w[qkv]": ColwiseParallel(),
-        "layers.*.attention.wo": RowwiseParallel(),
-        "layers.*.feed_forward.w[13]": ColwiseParallel(),
-        "layers.*.feed_forward.w2": RowwiseParallel(),
-        "output": ColwiseParallel(output_layouts=Replicate()),
-    }
-    parallelize_module(llama, mesh, plan)
-    if llama.config.tie_embeddings:
-        llama.output.weight = llama.tok_embeddings.weight
-    for module in llama.modules():
-        if isinstance(module, RMSNorm):
-            distribute_module(module, mesh, input_fn=_enter, output_fn=_leave)
-
-
-def _enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-    """Mark a tensor that all processes have alike."""
-    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
-
-
-def _leave(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-    """Undo `_enter`."""
-    return output.to_local()
-
-
-def lay_out(
-    build: Callable[[], M],
-    fill: Callable[[M], None],
-    mesh: DeviceMesh,
-    layout: Layout,
-    dtype: torch.dtype = torch.float32,
-) -> M:
-    """Make a model of which each process has its part, and never more.
-
-    Args:
-        build: makes the model; called for the device "meta".
-        fill: gives the parameters their values, one whole parameter at a time.
-        mesh: from `make_mesh`.
-        layout: what else to do.
-        dtype: of weights while they compute; they are stored, and their gradients
-            summed, in fp32.
-    """
-    with torch.device("meta"):
-        model: Any = build()
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    is_hybrid = mesh["replicate"].size() > 1
-    data = mesh["replicate", "shard"] if is_hybrid else mesh["shard"]
-    shard = partial(fully_shard, mesh=data, mp_policy=policy)
-    for llama in [part for part in model.modules() if isinstance(part, Llama)]:
-        if mesh["tensor"].size() > 1:
-            share_products(llama, mesh["tensor"])
-        for block in llama.layers:
-            if layout.checkpoint_activations:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if layout.compile:
-                block.compile()
-            shard(block)
-    shard(model)
-    model.to_empty(device=mesh.device_type)
-    with implicit_replication():
-        fill(model)
-    return model
