@@ -4,6 +4,9 @@ A checkpoint is a folder: tensors in safetensors, everything else in JSON. It is
 written under another name, with the size and checksum of each file, and renamed when
 all of it is on disk; so a folder of the right name is whole, and what is damaged later
 is noticed. Training continues from the newest one that is.
+
+Where a model is divided among processes, each writes its part of the tensors, with its
+place in the whole in the header of the file. Any other number of processes can read it.
 """
 
 import hashlib
@@ -14,6 +17,8 @@ import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,9 +28,21 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from llama2_lite.runtime.processes import from_all, in_first, is_first
 
 TENSORS, STATE, COMPLETE = "tensors.safetensors", "state.json", "complete.json"
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
@@ -46,38 +63,49 @@ class SafeCheckpointIO(CheckpointIO):
         path: str | os.PathLike[str],
         storage_options: Any = None,
     ) -> None:
-        """Write a folder beside ``path`` and rename it when it is on disk."""
+        """Write a folder beside ``path`` and rename it when it is on disk.
+
+        All processes of a run call this, each with its part of the tensors.
+        """
         path = Path(path)
         beside = path.with_name(f"{path.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         kept = {key: checkpoint[key] for key in checkpoint if key not in LEFT_OUT}
         state = encode_state(kept, tensors)
-        try:
-            save_file(tensors, beside / TENSORS)
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(f"{beside / TENSORS}: {error}") from None
-        (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
-        complete_checkpoint(beside, path)
+
+        def begin() -> None:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+        in_first(begin)
+        write_tensors(tensors, beside)
+        files: dict[str, Any] = {}
+        for noted in from_all(note_files(own_files(beside))):
+            files |= noted
+        in_first(lambda: complete_checkpoint(beside, path, files))
 
     def load_checkpoint(
         self,
         path: str | os.PathLike[str],
         map_location: Any = None,
         weights_only: bool | None = None,
+        place: "Place | None" = None,
     ) -> dict[str, Any]:
         """Read what `save_checkpoint` wrote.
 
+        Args:
+            place: see `read_tensors`.
+
         Raises:
-            ValueError: if it is damaged, or no folder.
+            ValueError: if it is damaged, no folder, or of another model.
         """
         path = Path(path)
         if path.is_file():
             raise ValueError(f"{path} is not a folder; pickles are not opened here")
-        if damage := find_damage(path):
+        if damage := in_first(lambda: find_damage(path)):
             raise ValueError(f"the checkpoint {path} {damage}")
-        tensors = load_file(path / TENSORS)
+        tensors = read_tensors(path, place or (lambda name, shape: None))
         return decode_state(json.loads((path / STATE).read_text("utf-8")), tensors)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -85,6 +113,71 @@ class SafeCheckpointIO(CheckpointIO):
         path = Path(path)
         (path / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
+
+
+Place = Callable[[str, torch.Size], Tensor | None]
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """What has to be known besides its tensors to make a model again."""
+    return {"kind": type(model).__name__, "config": asdict(model.config)}
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors; of those that are divided, each process writes its part.
+
+    Raises:
+        OSError: if that is not possible, as on a full disk.
+    """
+    is_divided = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    try:
+        if is_divided:
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            save(tensors, storage_writer=writer)
+        else:
+            in_first(lambda: save_file(tensors, folder / TENSORS))
+    except (SafetensorError, CheckpointException) as error:
+        raise OSError(f"{folder}: {error}") from None
+
+
+def read_tensors(
+    folder: Path, place: Place, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Tensors in a folder, by name, whoever wrote them.
+
+    Args:
+        place: the tensor to fill, by name and shape, which may be divided among
+            processes; a new and whole one where it gives none.
+        names: which to read; all if left out.
+
+    Raises:
+        ValueError: if a tensor to fill has another shape.
+    """
+    known = HuggingFaceStorageReader(str(folder)).read_metadata()
+    tensors: dict[str, Tensor] = {}
+    for name, stored in known.state_dict_metadata.items():
+        if not isinstance(stored, TensorStorageMetadata) or name not in (
+            names or [name]
+        ):
+            continue
+        given = place(name, stored.size)
+        if given is None:
+            given = torch.empty(stored.size, dtype=stored.properties.dtype)
+        if given.shape != stored.size:
+            raise ValueError(
+                f"{folder}: tensor {name} has shape {tuple(stored.size)}, but this "
+                f"model needs {tuple(given.shape)}"
+            )
+        tensors[name] = given
+    is_divided = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            no_dist=not is_divided,
+        )
+    return tensors
 
 
 def encode_state(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -121,7 +214,7 @@ def _add_tensor(tensor: Tensor, tensors: dict[str, Tensor], name: str) -> str:
     """Add a tensor, or find it again: tied weights are one tensor with two names."""
     for other, stored in tensors.items():
         if (
-            stored.data_ptr() == tensor.data_ptr() != 0
+            address(stored) == address(tensor) != 0
             and stored.shape == tensor.shape
             and stored.stride() == tensor.stride()
             and stored.dtype == tensor.dtype
@@ -129,9 +222,15 @@ def _add_tensor(tensor: Tensor, tensors: dict[str, Tensor], name: str) -> str:
             return other
     while name in tensors:
         name += "'"
-    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+    is_divided = isinstance(tensor, DTensor)
+    is_view = not is_divided and tensor.untyped_storage().nbytes() != tensor.nbytes
     tensors[name] = tensor.clone() if is_view else tensor.contiguous()
     return name
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor, or what this process has of it, begins in memory."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
 
 
 def decode_state(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -152,12 +251,28 @@ def decode_state(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: decode_state(item, tensors) for key, item in value.items()}
 
 
-def complete_checkpoint(beside: Path, path: Path) -> None:
-    """Note size and checksum of all files, wait for the disk, and rename the folder."""
-    files = {}
-    for file in sorted(beside.iterdir()):
+def own_files(folder: Path) -> list[Path]:
+    """The files that this process has written: its part, and the first the rest."""
+    number = torch.distributed.get_rank() + 1 if not is_first() else 1
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.name.startswith(f"shard-{number:05}-")
+        or (is_first() and not file.name.startswith("shard-"))
+    ]
+
+
+def note_files(files: list[Path]) -> dict[str, Any]:
+    """Wait for the disk, and note size and checksum of files."""
+    noted = {}
+    for file in files:
         _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+        noted[file.name] = {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+    return noted
+
+
+def complete_checkpoint(beside: Path, path: Path, files: dict[str, Any]) -> None:
+    """Write down what a checkpoint consists of, wait for the disk, and rename it."""
     (beside / COMPLETE).write_text(json.dumps({"files": files}), encoding="utf-8")
     _sync(beside / COMPLETE)
     _sync(beside)
@@ -215,7 +330,8 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
         damage = "is not complete" if path.suffix else find_damage(path)
         if damage is None:
             return path
-        warnings.warn(f"skipped: the checkpoint {path} {damage}", stacklevel=2)
+        if rank_zero_only.rank == 0:
+            warnings.warn(f"skipped: the checkpoint {path} {damage}", stacklevel=2)
     return None
 
 
@@ -332,7 +448,8 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the state of the random number generators."""
+        """Add the state of the random number generators, and what the model is."""
+        checkpoint["model"] = describe_model(module.model)
         checkpoint["random"] = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),  # noqa: NPY002
@@ -343,5 +460,13 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the state of the random number generators until training starts."""
+        """Keep the state of the random number generators until training starts.
+
+        Lightning counts parts of batches; their number in a step may be another now.
+        """
         self.random_states = checkpoint["random"]
+        n_parts = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        more = n_parts - progress["current"]["ready"]
+        for counts in (progress["total"], progress["current"]):
+            counts |= {name: count + more for name, count in counts.items()}

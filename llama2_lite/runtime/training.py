@@ -33,6 +33,7 @@ from llama2_lite.runtime.checkpoints import (
     newest_checkpoint,
     step_of,
 )
+from llama2_lite.runtime.convert import save_model
 from llama2_lite.tokenizer import Tokenizer
 
 TRAINER_DEFAULTS = {
@@ -174,9 +175,9 @@ class KeepBest(Callback):
         """Compare and write."""
         self.seen_step = trainer.global_step
         loss = float(trainer.callback_metrics["validation_loss"])
-        if loss < self.best_loss and trainer.is_global_zero:
+        if loss < self.best_loss:
             self.best_loss, self.best_step = loss, trainer.global_step
-            module.model.save_pretrained(self.folder, self.tokenizer(), force=True)
+            save_model(module.model, self.folder, self.tokenizer())
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -1,0 +1,120 @@
+"""From a model in parts, in memory or in a checkpoint, to a model folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from llama2_lite.model import Llama, LlamaConfig
+from llama2_lite.reward import RewardModel
+from llama2_lite.runtime.checkpoints import (
+    STATE,
+    describe_model,
+    find_damage,
+    newest_checkpoint,
+    read_tensors,
+    write_tensors,
+)
+from llama2_lite.runtime.processes import in_first, is_first
+from llama2_lite.tokenizer import Tokenizer
+
+KINDS: dict[str, Any] = {"Llama": Llama, "RewardModel": RewardModel}
+PREFIX = "state_dict/model."  # of the names of its tensors in a checkpoint
+
+
+def assemble(description: dict[str, Any], folder: Path, prefix: str = "") -> Any:
+    """A model on the CPU whose tensors are in files, whole or in parts.
+
+    Args:
+        description: from `describe_model`.
+        folder: of the files.
+        prefix: of the names of the tensors.
+    """
+    with torch.device("meta"):
+        model = KINDS[description["kind"]](LlamaConfig(**description["config"]))
+    model.to_empty(device="cpu")
+    for part in model.modules():
+        if isinstance(part, Llama):
+            part._derive()
+    parameters = {
+        f"{prefix}{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    found = read_tensors(folder, lambda name, shape: parameters.get(name), parameters)
+    if missing := parameters.keys() - found.keys():
+        raise ValueError(f"{folder}: tensor {min(missing)} is missing")
+    return model
+
+
+def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """``save_pretrained`` for any layout, replacing what is there.
+
+    All processes of the layout call this: each writes its part, and the first puts
+    them together, from disk.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if is_first():
+            model.save_pretrained(folder, tokenizer, force=True)
+        return
+    beside = folder.with_name(f".{folder.name}.parts")
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def begin() -> None:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+
+    def finish() -> None:
+        whole = assemble(describe_model(model), beside)
+        whole.save_pretrained(folder, tokenizer, force=True)
+        shutil.rmtree(beside)
+
+    in_first(begin)
+    write_tensors(tensors, beside)
+    in_first(finish)
+
+
+def convert(
+    source: str | Path, folder: str | Path, tokenizer: str | Path | None = None
+) -> Path:
+    """Make a model folder of a checkpoint, or of the newest one of a run.
+
+    Args:
+        source: the folder of the checkpoint or of the run.
+        folder: new or empty.
+        tokenizer: a tokenizer.model; that of the run's best model if left out.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: if there is no checkpoint, the
+            folder is in use, or the checkpoint is damaged.
+    """
+    path = find_checkpoint(Path(source))
+    if damage := find_damage(path):
+        raise ValueError(f"the checkpoint {path} {damage}")
+    state = json.loads((path / STATE).read_text("utf-8"))
+    if "model" not in state:
+        raise ValueError(f"the checkpoint {path} does not say what kind of model it is")
+    beside_best = path.parent.parent / "model" / "tokenizer.model"
+    vocabulary = Path(tokenizer) if tokenizer is not None else beside_best
+    if tokenizer is not None and not vocabulary.is_file():
+        raise FileNotFoundError(f"there is no tokenizer {vocabulary}")
+    found = Tokenizer(vocabulary) if vocabulary.is_file() else None
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another")
+    assemble(state["model"], path, PREFIX).save_pretrained(folder, found)
+    return path
+
+
+def find_checkpoint(source: Path) -> Path:
+    """A checkpoint: the folder itself, or the newest in the folder of a run."""
+    if (source / STATE).is_file():
+        return source
+    for folder in (source / "checkpoints", source):
+        if (newest := newest_checkpoint(folder)) is not None:
+            return newest
+    raise FileNotFoundError(f"there is no whole checkpoint in {source}")

@@ -1,0 +1,41 @@
+"""What the processes of one run do together."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def in_first(action: Callable[[], T]) -> T:
+    """Do something in the first process; all of them get what it gives, or its error.
+
+    Each process has to call this.
+    """
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    found: T = outcome[0]
+    return found
+
+
+def from_all(value: T) -> list[T]:
+    """The values of all processes, in order. Each process has to call this."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,113 @@
+"""One strategy of Lightning's for all layouts of a model over processes."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
+
+from llama2_lite.runtime.checkpoints import SafeCheckpointIO, encode_state
+from llama2_lite.runtime.processes import from_all
+from llama2_lite.scaling import Layout, lay_out, make_mesh
+
+
+class LayoutStrategy(ModelParallelStrategy):
+    """Gives the module the `lay_out` of a layout; keeps its checkpoints in parts.
+
+    Args:
+        layout: how the model is divided; see `llama2_lite.scaling.Layout`.
+    """
+
+    checkpoint_io: SafeCheckpointIO
+
+    def __init__(self, layout: Layout | None = None):
+        super().__init__()
+        self.layout = layout or Layout()
+
+    def setup_environment(self) -> None:
+        """Connect the processes, and tell the module where its models should live."""
+        self._setup_distributed()
+        module: Any = self.lightning_module
+        sizes = self.layout.sizes(self.world_size, module.config)
+        self._device_mesh = make_mesh(self.root_device.type, sizes)
+        is_bf16 = "bf16" in self.precision_plugin.precision
+        module.lay_out = partial(
+            lay_out,
+            mesh=self._device_mesh,
+            layout=self.layout,
+            dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        )
+
+    def setup(self, trainer: Trainer) -> None:
+        """Make the optimizers.
+
+        Raises:
+            ValueError: if the processes found different checkpoints.
+        """
+        found = from_all(str(trainer.ckpt_path))
+        for number, path in enumerate(found):
+            if path != found[0]:
+                raise ValueError(
+                    f"process 0 continues from {found[0]}, but process {number} from "
+                    f"{path}: the folder of the run must be on a disk that all share"
+                )
+        super().setup(trainer)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which of how many different parts of the data this process sees."""
+        mesh = self.device_mesh
+        n_groups = mesh["replicate"].size() * mesh["shard"].size()
+        rank = self.global_rank // mesh["tensor"].size()
+        return {"num_replicas": n_groups, "rank": rank}
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The parameters as they lie here."""
+        return Strategy.lightning_module_state_dict(self)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state as it lies here."""
+        return Strategy.optimizer_state(self, optimizer)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write it; each process its part."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read it, whatever the layout that wrote it; the parameters are filled."""
+        owners = {
+            f"optimizer_states/{number}/state/{i}": parameter
+            for number, optimizer in enumerate(self.optimizers)
+            for i, parameter in enumerate(
+                parameter
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            )
+        }
+        parameters: dict[str, Tensor] = {}
+        encode_state({"state_dict": self.lightning_module_state_dict()}, parameters)
+
+        def place(name: str, shape: torch.Size) -> Tensor | None:
+            owner = owners.get(name.rpartition("/")[0])
+            if owner is not None and owner.shape == shape:
+                return torch.empty_like(owner)
+            return parameters.get(name)
+
+        path = Path(checkpoint_path)
+        return self.checkpoint_io.load_checkpoint(path, place=place)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning calls `load_optimizer_state_dict`."""
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Take over what `load_checkpoint` has read."""
+        Strategy.load_optimizer_state_dict(self, checkpoint)
