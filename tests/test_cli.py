@@ -176,12 +176,12 @@ def test_arguments_of_the_trainer_are_heeded(tmp_path):
         "--trainer.num_sanity_val_steps=1",
         "--trainer.logger=false",
         "--trainer.callbacks=lightning.pytorch.callbacks.DeviceStatsMonitor",
-        "--trainer.accumulate_grad_batches=3",
+        "--trainer.accumulate_grad_batches=2",
     ]
     output = f"--output={tmp_path}/run"
     trainer = Pretrain(["--config=town", output, *settings]).trainer
     assert trainer.num_sanity_val_steps == 1
-    assert trainer.accumulate_grad_batches == 3
+    assert trainer.accumulate_grad_batches == 2
     assert any(isinstance(call, DeviceStatsMonitor) for call in trainer.callbacks)
     assert len(trainer.loggers) == 2
     assert trainer.max_epochs == -1

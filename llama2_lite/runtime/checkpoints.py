@@ -120,7 +120,8 @@ Place = Callable[[str, torch.Size], Tensor | None]
 
 def describe_model(model: Any) -> dict[str, Any]:
     """What has to be known besides its tensors to make a model again."""
-    return {"kind": type(model).__name__, "config": asdict(model.config)}
+    kind = type(model).__name__.removeprefix("FSDP")  # fully_shard makes a new class
+    return {"kind": kind, "config": asdict(model.config)}
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,7 +17,9 @@ from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.configs import explain, find_config, read_yaml
 from llama2_lite.runtime.progress import TrainingProgress, make_console
 from llama2_lite.runtime.stopping import Watch
+from llama2_lite.runtime.strategy import divide
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, fit, trainer_parts
+from llama2_lite.scaling import Layout
 from llama2_lite.tokenizer import Tokenizer
 
 # What belongs to a run in its folder; everything else there is somebody else's.
@@ -77,6 +79,9 @@ class TrainingCommand(LightningCLI):
         add("--checkpoint_every", type=int, default=500, help="Steps between them.")
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
         add("--force", action="store_true", help="Start anew in a folder that is used.")
+        parser.add_class_arguments(Layout, "layout")
+        what = "Windows that a process takes at a time; gradients accumulate."
+        add("--device_batch", type=PositiveInt | None, default=None, help=what)
         seconds, what = Watch.seconds, "Seconds that Ctrl-C and SIGTERM allow it."
         add("--stop_within", type=PositiveFloat, default=seconds, help=what)
 
@@ -120,12 +125,20 @@ class TrainingCommand(LightningCLI):
             ],
         )
         parts["plugins"] += as_list(given.pop("plugins", []))
-        return Trainer(**{**parts, **given})
+        layout, batch = self.config_init.layout, config.device_batch
+        sizes = self.model.config
+        return Trainer(
+            **divide({**parts, **given}, layout, sizes, self.batches(), batch)
+        )
+
+    def batches(self) -> list[tuple[int, int]]:
+        """Sequence length and windows of a batch over all processes, for each kind."""
+        return [(1, self.datamodule.batch_size)]
 
     def describe(self) -> dict[str, Any]:
         """What decides the result of the run, key by key, as JSON values."""
         config = yaml.safe_load(self.parser.dump(self.config))
-        keys = ("max_steps", "accumulate_grad_batches", "precision")
+        keys = ("max_steps", "precision")
         kept = {
             "model": config["model"],
             "data": config["data"],

@@ -86,8 +86,7 @@ class FileData(LightningDataModule):
     def plan_steps(self, n_steps: float) -> None:
         """Let the trainer take so many steps, unless it has been told a number."""
         if self.trainer.max_steps == -1:
-            steps = max(1, round(n_steps / self.trainer.accumulate_grad_batches))
-            self.trainer.fit_loop.epoch_loop.max_steps = steps
+            self.trainer.fit_loop.epoch_loop.max_steps = max(1, round(n_steps))
 
 
 def folder_stamps(folder: str | Path) -> dict[str, Any]:
@@ -190,7 +189,8 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         own_share: of the mix that is about this axis; the paper's is 0.5 for
             helpfulness and 0.9 for safety.
         margins: "none", "small" or "large"; 0 in any case where there is no level.
-        validation_fraction: of the prompts of ``files`` that is held out.
+        validation_fraction: of the prompts of ``files`` that is held out to choose
+            the best step by; as many again are held out to report the accuracy on.
         sequence_length: of a dialogue; the model's context if left out.
         batch_size: pairs of a batch over all processes.
         epochs: how often each pair is learned; the paper's 1.
@@ -198,7 +198,7 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         seed: of what is held out, of the mix and of the order.
 
     Attributes:
-        held_out_pairs: which pairs are held out.
+        held_out_pairs: those to report the accuracy on, which choose nothing.
     """
 
     def __init__(
@@ -216,7 +216,11 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         skip_bad: bool = False,
         seed: int = 0,
     ):
-        check_fraction(validation_fraction)
+        if not 0 < validation_fraction < 0.5:
+            raise ValueError(
+                f"validation_fraction={validation_fraction} must be between 0 and 0.5: "
+                "so much is held out to choose the best step by, and again to test"
+            )
         self.open_start(start, sequence_length)
         patterns, others = as_patterns(files), as_patterns(other_files)
         limit = context_limit(self.opened, self.sequence_length)
@@ -225,12 +229,15 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         train, self.held_out_pairs = split_by_prompt(
             read.items, prompt_of, validation_fraction, seed
         )
+        rest = validation_fraction / (1 - validation_fraction)
+        train, choosing = split_by_prompt(train, prompt_of, rest, seed)
         if others:
             other_axis = AXES[1 - AXES.index(axis)]
             more = read_preferences(
                 others, axis=other_axis, limit=limit, skip_bad=skip_bad
             )
-            unseen = {dialog_key(pair.prompt) for pair in self.held_out_pairs}
+            held_out = [*self.held_out_pairs, *choosing]
+            unseen = {dialog_key(pair.prompt) for pair in held_out}
             usable = [p for p in more.items if dialog_key(p.prompt) not in unseen]
             train = mix_pairs(train, usable, own_share, seed)
             self.bad += more.bad
@@ -240,9 +247,13 @@ class PreferenceFiles(FileData, PreferenceDataModule):
                 pairs, self.opened, self.sequence_length, margins=margins, seed=seed
             )
 
-        super().__init__(as_tokens(train), as_tokens(self.held_out_pairs), batch_size)
+        super().__init__(as_tokens(train), as_tokens(choosing), batch_size)
         self.epochs = epochs
-        self.counts = {"pairs": len(train), "held_out": len(self.held_out_pairs)}
+        self.counts = {
+            "pairs": len(train),
+            "validation": len(choosing),
+            "held_out": len(self.held_out_pairs),
+        }
         self.note_files(files=patterns, other_files=others)
 
     def setup(self, stage: str) -> None:

@@ -44,6 +44,10 @@ class Pretrain(TrainingCommand):
         """What samples continue."""
         return as_texts("prompts", self.config.prompts)
 
+    def batches(self) -> list[tuple[int, int]]:
+        """Sequence length and windows of a batch over all processes, for each kind."""
+        return [(length, windows) for _, length, windows in self.datamodule.lengths]
+
     def callbacks(self) -> list[Callback]:
         """Progress and samples."""
         samples = Samples(self.tokenizer, self.prompts(), self.console)

@@ -136,7 +136,8 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print a sample."""
-        if trainer.state.fn == "fit" and trainer.is_global_zero and self.prompts:
+        is_alone = trainer.world_size == 1  # a divided model would need all of them
+        if trainer.state.fn == "fit" and is_alone and self.prompts:
             step = trainer.global_step
             turn = step // int(trainer.val_check_batch or 1)
             prompt = self.prompts[turn % len(self.prompts)]

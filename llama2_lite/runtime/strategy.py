@@ -1,5 +1,6 @@
 """One strategy of Lightning's for all layouts of a model over processes."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 
+from llama2_lite.model import LlamaConfig
 from llama2_lite.runtime.checkpoints import SafeCheckpointIO, encode_state
 from llama2_lite.runtime.processes import from_all
-from llama2_lite.scaling import Layout, lay_out, make_mesh
+from llama2_lite.runtime.start import join_attempt, waiting_for_all
+from llama2_lite.scaling import Layout, accumulation, lay_out, make_mesh
 
 
 class LayoutStrategy(ModelParallelStrategy):
@@ -29,7 +32,10 @@ class LayoutStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Connect the processes, and tell the module where its models should live."""
-        self._setup_distributed()
+        with waiting_for_all():
+            backend = self._get_process_group_backend()
+            join_attempt(backend, self._timeout, self.root_device)
+            self._setup_distributed()
         module: Any = self.lightning_module
         sizes = self.layout.sizes(self.world_size, module.config)
         self._device_mesh = make_mesh(self.root_device.type, sizes)
@@ -111,3 +117,49 @@ class LayoutStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Take over what `load_checkpoint` has read."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
+
+
+def divide(
+    given: dict[str, Any],
+    layout: Layout,
+    config: LlamaConfig,
+    batches: list[tuple[int, int]],
+    device_batch: int | None,
+) -> dict[str, Any]:
+    """Arguments of Lightning's trainer, with what follows from a layout.
+
+    Args:
+        given: arguments of the trainer.
+        layout: what is asked for.
+        config: of the model.
+        batches: sequence length and number of windows of each kind of batch.
+        device_batch: windows, of the longest, that a process takes at a time.
+
+    Raises:
+        ValueError: if processes, heads or batches cannot be divided so.
+    """
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says how many there are
+        n_local = int(os.environ["LOCAL_WORLD_SIZE"])
+        n_nodes = int(os.environ["WORLD_SIZE"]) // n_local
+        given = given | {"devices": n_local, "num_nodes": n_nodes}
+    keys = ("accelerator", "devices", "num_nodes")
+    quiet = {"logger": False, "enable_checkpointing": False}
+    probe = Trainer(**{key: given[key] for key in keys if key in given}, **quiet)
+    n_processes = probe.num_devices * probe.num_nodes
+    copies, shard, _ = layout.sizes(n_processes, config)
+    if n_processes > 1 or layout != Layout():
+        if given.get("strategy", "auto") != "auto":
+            raise ValueError(
+                f"trainer.strategy is {given['strategy']}, but it follows from "
+                "--layout; leave it out"
+            )
+        given = given | {"strategy": LayoutStrategy(layout)}
+    n_parts = given.get("accumulate_grad_batches", 1)
+    longest = max(length for length, _ in batches)
+    for length, batch in batches:
+        at_most = device_batch * longest // length if device_batch else batch
+        n_parts = max(n_parts, accumulation(batch, copies * shard, at_most))
+    every = given.get("val_check_interval")
+    if isinstance(every, int):  # Lightning counts parts
+        given = given | {"val_check_interval": every * n_parts}
+    return given | {"accumulate_grad_batches": n_parts}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from llama2_lite.corpus import TokenDataset
 from llama2_lite.model import Llama
@@ -121,6 +122,7 @@ class CsvLog(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The configuration has a file of its own."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a row, or write the file anew if there are new columns."""
         row = {"step": step, **metrics}
@@ -256,7 +258,8 @@ def fit(
     step = 0
     if checkpoint is not None:
         step = step_of(checkpoint)
-        say(f"continuing from step {step}")
+        if trainer.is_global_zero:
+            say(f"continuing from step {step}")
     for logger in trainer.loggers:
         if isinstance(logger, CsvLog) and trainer.is_global_zero:
             logger.resume(step)
