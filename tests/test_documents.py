@@ -140,12 +140,14 @@ def test_bad_tables(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("pattern", ["none.txt", "*.txt", "**/*.jsonl", "folder", ""])
+@pytest.mark.parametrize("pattern", ["none.txt", "*.txt", "**/*.jsonl", ""])
 def test_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file matches"):
         read_documents([pattern])
+    with pytest.raises(FileNotFoundError, match=r"folder is a folder; .* 'folder/\*"):
+        read_documents(["folder"])
 
 
 @given(texts=st.lists(st.text(max_size=9), max_size=9), fraction=st.floats(0, 1))

@@ -51,6 +51,10 @@ def matching_files(pattern: str) -> list[Path]:
     if path.is_file():  # its name may hold a bracket
         return [path]
     inside = path.relative_to(path.anchor)
+    if inside.parts and path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a folder; name its files, as in '{path}/*.txt'"
+        )
     found = Path(path.anchor).glob(str(inside)) if inside.parts else ()
     if files := sorted(file for file in found if file.is_file()):
         return files
@@ -75,7 +79,7 @@ def _read_text(path: Path, _: str) -> Iterator[str]:
     if rest.strip():
         yield rest
     elif is_empty:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty; leave it out")
 
 
 def _decode(path: Path) -> Iterator[str]:
@@ -87,12 +91,17 @@ def _decode(path: Path) -> Iterator[str]:
             start = file.tell() - len(undecoded)
             block = file.read(BLOCK_BYTES)
             if (zero := (undecoded + block).find(0)) >= 0:
-                raise ValueError(f"{path} is binary: byte {start + zero} is zero")
+                raise ValueError(
+                    f"{path} is binary: byte {start + zero} is zero; text is wanted"
+                )
             try:
                 yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 wrong = start + error.start
-                raise ValueError(f"{path} is not UTF-8 at byte {wrong}") from None
+                raise ValueError(
+                    f"{path} is not UTF-8 at byte {wrong}; convert it, for example by "
+                    "iconv -f latin1 -t utf-8"
+                ) from None
             if not block:
                 return
 
@@ -117,7 +126,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
             kind = "xz" if path.suffix == ".xz" else "gzip"
             raise ValueError(f"{path} is not a whole {kind} file") from None
     if is_empty:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty; leave it out")
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -127,7 +136,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except (json.JSONDecodeError, RecursionError):
-        raise ValueError("not JSON") from None
+        raise ValueError("not JSON; each line must be one object") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return record
@@ -141,7 +150,10 @@ def _field(line: bytes, text_field: str, where: str) -> str:
         raise ValueError(f"{where} {error}") from None
     if text_field not in record:
         there = ", ".join(record) or "nothing"
-        raise ValueError(f"{where} no field {text_field!r}, only {there}")
+        raise ValueError(
+            f"{where} no field {text_field!r}, only {there}; name one by "
+            "--data.text_field"
+        )
     if not isinstance(record[text_field], str):
         raise ValueError(f"{where} the field {text_field!r} is not a string")
     return record[text_field]
@@ -169,9 +181,12 @@ def parquet_rows(
     columns = file.schema_arrow.names
     if column is not None and column not in columns:
         there = ", ".join(columns)
-        raise ValueError(f"{path} has no column {column!r}, only {there}")
+        raise ValueError(
+            f"{path} has no column {column!r}, only {there}; name one by "
+            "--data.text_field"
+        )
     if not file.metadata.num_rows:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty; leave it out")
     number = 0
     for batch in file.iter_batches(1024, columns=column and [column]):
         for row in batch.to_pylist():
