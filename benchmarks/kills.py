@@ -6,7 +6,9 @@ until it is done; then the next run begins, until there were enough kills. One m
 is killed after each step, at the boundaries of the data's epochs too. What every run
 leaves, the last checkpoint with weights and optimizer, the model folder, sampled data
 and figures, has to be the same, byte for byte, as what a run leaves that nobody killed.
-With `--signal TERM` or `INT` runs are asked to stop instead, with exit code 0.
+With `--processes 2` the model is sharded over two of them, one of which is killed; the
+other has to end by itself. With `--signal TERM` or `INT` all are asked to stop instead,
+which has to be exit code 0.
 
 Processes are forked from one that has imported PyTorch, so that a start costs a second.
 """
@@ -19,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -30,6 +33,7 @@ from llama2_lite.runtime.artifacts import machine_name, write_json
 
 STAGES = ("pretrain", "sft", "reward", "reject", "ppo", "gatt")
 STEPS = 12
+PATIENCE = 60  # seconds for the processes that are left when one was killed
 PARTS = ("model", "sampled", "result.json")  # what is compared beside checkpoints
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -72,9 +76,6 @@ def make_world(folder: Path) -> None:
         reward = RewardModel(config)
         torch.nn.init.normal_(reward.head.weight)
         reward.save_pretrained(folder / name, tokenizer)
-    # What samples starts from a model whose answers end.
-    longer = [f"--trainer.max_steps={10 * STEPS}", "--checkpoint_every=1000"]
-    run_command([*arguments(folder, "sft", folder / "sft"), *longer], folder / "log")
 
 
 def arguments(world: Path, stage: str, output: Path) -> list[str]:
@@ -122,8 +123,9 @@ def arguments(world: Path, stage: str, output: Path) -> list[str]:
     return shared + more[stage]
 
 
-def run_command(arguments: list[str], log: Path) -> None:
+def run_command(arguments: list[str], log: Path, rank: dict[str, str]) -> None:
     """Run a command in this process as a user does; what it prints goes to a file."""
+    os.environ.update(rank)
     from llama2_lite.runtime.cli import main
 
     log.touch()  # from now on, `Campaign.start` returns
@@ -142,29 +144,47 @@ class Campaign:
         stage: which command.
         seed: of the moments.
         number: of the signal.
+        processes: of each run.
     """
 
-    def __init__(self, world: Path, folder: Path, stage: str, seed: int, number: int):
+    def __init__(
+        self,
+        world: Path,
+        folder: Path,
+        stage: str,
+        seed: int,
+        number: int,
+        processes: int = 1,
+    ):
         self.world, self.folder, self.stage = world, folder, stage
         self.random = random.Random(f"{seed} {stage}")
-        self.signal = number
+        self.signal, self.processes = number, processes
         self.hit: dict[str, int] = {}
+        self.left_waiting = 0
         self.starts: list[int] = []
         self.different: list[str] = []
         self.slowest = self.save_seconds = 0.0
 
-    def start(self, output: Path, *more: str) -> BaseProcess:
+    def start(self, output: Path, *more: str) -> list[BaseProcess]:
         """Start the command, or continue what it began."""
         self.output, self.began = output, time.time() - 0.01  # clocks of files lag
         self.left_over = {path: _stamp(path) for path in self._partial()}
         command = [*arguments(self.world, self.stage, output), *more]
+        ranks: list[dict[str, str]] = [{}]
+        if self.processes > 1:
+            command.append(f"--trainer.devices={self.processes}")
+            ranks = as_torchrun_does(self.processes)
         log = output.with_suffix(".log")
-        process = CONTEXT.Process(target=run_command, args=(command, log))
-        process.start()
-        while (_stamp(log) or 0) < self.began * 1e9 and process.is_alive():
+        started: list[BaseProcess] = [
+            CONTEXT.Process(target=run_command, args=(command, log, rank))
+            for rank in ranks
+        ]
+        for process in started:
+            process.start()
+        while (_stamp(log) or 0) < self.began * 1e9 and started[0].is_alive():
             time.sleep(0.001)
         time.sleep(0.02)  # the command is being called and listens to signals
-        return process
+        return started
 
     def _partial(self) -> list[Path]:
         return list(self.output.glob("checkpoints/*.partial"))
@@ -178,9 +198,9 @@ class Campaign:
 
     def undisturbed(self) -> dict[str, str]:
         """What a run leaves that nobody kills; notes how long it and its saves take."""
-        process = self.start(self.folder / f"{self.stage}-whole")
+        started = self.start(self.folder / f"{self.stage}-whole")
         seconds, saves = 0.0, []
-        while process.is_alive():
+        while started[0].is_alive():
             if self._saving():
                 if not seconds:
                     seconds = time.perf_counter()
@@ -188,17 +208,19 @@ class Campaign:
                 saves.append(time.perf_counter() - seconds)
                 seconds = 0.0
             time.sleep(0.0005)
-        self.check_exit(process)
+        self.check_exits(started)
         self.seconds = time.time() - self.began
         self.save_seconds = sum(saves) / max(1, len(saves))
         return outcome(self.output)
 
-    def check_exit(self, process: BaseProcess) -> None:
+    def check_exits(self, started: list[BaseProcess]) -> None:
         """Make sure that a command ended well."""
-        process.join()
-        if process.exitcode:
-            log = self.output.with_suffix(".log").read_text("utf-8")
-            raise SystemExit(f"{self.stage} ended with {process.exitcode}:\n{log}")
+        for process in started:
+            process.join()
+        codes = [process.exitcode for process in started]
+        if any(codes):
+            log = self.output.with_suffix(".log").read_text("utf-8", "replace")
+            raise SystemExit(f"{self.stage} ended with {codes}:\n{log}")
 
     def wait(self, process: BaseProcess) -> bool:
         """Wait for the moment of the next kill; False if the run ends before."""
@@ -230,18 +252,26 @@ class Campaign:
             return "after its last step"
         return "between saves"
 
-    def stop(self, process: BaseProcess) -> None:
+    def stop(self, started: list[BaseProcess]) -> None:
         """Send the signal, wait for the end, and note what it interrupted."""
-        assert process.pid
-        phase = self.phase()
-        os.kill(process.pid, self.signal)
-        since = time.perf_counter()
-        process.join()
-        self.slowest = max(self.slowest, time.perf_counter() - since)
+        phase, since = self.phase(), time.perf_counter()
         if self.signal == signal.SIGKILL:
+            victim = self.random.choice(started)
+            victim.kill()
+            victim.join()
             phase = self.phase()
+            for process in started:
+                process.join(PATIENCE)
+                if process.is_alive():
+                    self.left_waiting += 1
+                    process.kill()
+                    process.join()
         else:
-            self.check_exit(process)
+            for process in started:
+                assert process.pid
+                os.kill(process.pid, self.signal)
+            self.check_exits(started)
+        self.slowest = max(self.slowest, time.perf_counter() - since)
         self.hit[phase] = self.hit.get(phase, 0) + 1
 
     def compare(self, starts: int) -> None:
@@ -262,12 +292,12 @@ class Campaign:
             output, starts = self.folder / f"{self.stage}-{len(self.starts)}", 0
             while True:
                 starts += 1
-                process = self.start(output)
-                if not kills or not self.wait(process):
+                started = self.start(output)
+                if not kills or not self.wait(started[0]):
                     break
-                self.stop(process)
+                self.stop(started)
                 kills -= 1
-            self.check_exit(process)
+            self.check_exits(started)
             self.compare(starts)
 
     def kill_after_each_step(self) -> None:
@@ -275,14 +305,14 @@ class Campaign:
         output, starts, seen = self.folder / f"{self.stage}-steps", 0, ""
         while True:
             starts += 1
-            process = self.start(output, "--checkpoint_every=1")
-            while process.is_alive() and newest(output) <= seen:
+            started = self.start(output, "--checkpoint_every=1")
+            while started[0].is_alive() and newest(output) <= seen:
                 time.sleep(0.0005)
             if newest(output) <= seen:
                 break
             seen = newest(output)
-            self.stop(process)
-        self.check_exit(process)
+            self.stop(started)
+        self.check_exits(started)
         self.compare(starts)
 
     def run(self, kills: int) -> dict[str, Any]:
@@ -299,10 +329,30 @@ class Campaign:
             "most starts of a run": max(self.starts),
             "files compared": len(self.expected),
             "different": self.different,
+            "processes left waiting": self.left_waiting,
             "slowest end in seconds": round(self.slowest, 2),
             "seconds of a run": round(self.seconds, 2),
             "minutes": round((time.time() - since) / 60, 1),
         }
+
+
+def as_torchrun_does(processes: int) -> list[dict[str, str]]:
+    """Environments for the processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "kills",
+    }
+    return [
+        {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(processes)
+    ]
 
 
 def newest(output: Path) -> str:
@@ -349,6 +399,7 @@ def main() -> None:
     add("--stage", action="append", choices=STAGES, help="(all of them)")
     add("--kills", type=int, default=50, help="of each stage (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    add("--processes", type=int, default=1, help="of each run (1)")
     add("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="(KILL)")
     add("--output", type=Path, help="JSON file (benchmarks/results/kills-MACHINE.json)")
     options = parser.parse_args()
@@ -361,13 +412,19 @@ def main() -> None:
         world = Path(folder) / "world"
         world.mkdir()
         in_process(make_world, world)
+        # What samples starts from a model whose answers end.
+        longer = [f"--trainer.max_steps={10 * STEPS}", "--checkpoint_every=1000"]
+        start = [*arguments(world, "sft", world / "sft"), *longer]
+        in_process(run_command, start, world / "log", {})
         for stage in options.stage or STAGES:
             number = signal.Signals[f"SIG{options.signal}"]
-            campaign = Campaign(world, Path(folder), stage, options.seed, number)
+            place, seed = Path(folder), options.seed
+            campaign = Campaign(world, place, stage, seed, number, options.processes)
             found[stage] = campaign.run(options.kills)
             print(stage, json.dumps(found[stage]), flush=True)
     result = {"machine": machine_name(), "seed": options.seed}
-    result |= {"signal": options.signal, "one process": found}
+    result |= {"signal": options.signal, "processes": options.processes}
+    result["stages"] = found
     if options.output:
         write_json(options.output, result)
     if any(figures["different"] for figures in found.values()):

@@ -14,9 +14,9 @@ def test_a_short_campaign_on_every_stage(tmp_path: Path) -> None:
     command = [sys.executable, str(CAMPAIGN), "--kills=3", f"--output={output}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(output.read_text())["one process"]
+    found = json.loads(output.read_text())["stages"]
     assert found.keys() == STAGES
     for figures in found.values():
-        assert sum(figures["killed"].values()) == 3
+        assert sum(figures["killed at random"].values()) == 3
         assert figures["different"] == []
         assert figures["files compared"] > 6

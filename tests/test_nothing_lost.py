@@ -1,0 +1,179 @@
+"""Through the command line: full, read-only and failing disks, and damage."""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_training import in_process
+
+from llama2_lite.runtime.cli import main
+
+path = Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py"
+spec = importlib.util.spec_from_file_location("kills", path)
+assert spec is not None
+assert spec.loader is not None
+kills = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kills)
+
+STAGES = ["pretrain", "sft", "reward"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    kills.make_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each command, which nothing happens to."""
+    folders = {name: tmp_path_factory.mktemp("whole") / name for name in STAGES}
+    for name, folder in folders.items():
+        keep = "--keep_checkpoints=3"
+        assert main([*kills.arguments(world, name, folder), keep]) == 0
+    return folders
+
+
+@pytest.fixture
+def run(whole: dict[str, Path], tmp_path: Path, name: str) -> Path:
+    """A copy of that run, as if it had been stopped before its end."""
+    folder = shutil.copytree(whole[name], tmp_path / "run")
+    shutil.rmtree(folder / "model")
+    (folder / "result.json").unlink()
+    return folder
+
+
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / f"step-{kills.STEPS:08}"
+
+
+def largest(folder: Path) -> Path:
+    return max(last(folder).iterdir(), key=lambda file: file.stat().st_size)
+
+
+def cut(folder: Path) -> str:
+    data = largest(folder).read_bytes()
+    largest(folder).write_bytes(data[: len(data) // 2])
+    return f"bytes of {largest(folder).name} instead of {len(data)}"
+
+
+def flip(folder: Path) -> str:
+    data = bytearray(largest(folder).read_bytes())
+    data[len(data) // 2] ^= 16
+    largest(folder).write_bytes(data)
+    return f"has a {largest(folder).name} that does not match its checksum"
+
+
+def lose(folder: Path) -> str:
+    file = largest(folder)
+    file.unlink()
+    return f"lacks {file.name}"
+
+
+def leave_half(folder: Path) -> str:
+    last(folder).rename(f"{last(folder)}.partial")
+    return "is not complete"
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("damage", [cut, flip, lose, leave_half])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    world: Path, whole: dict[str, Path], run: Path, name: str, damage, capfd
+) -> None:
+    what = damage(run)
+    assert main(kills.arguments(world, name, run)) == 0
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"warning: skipped: the checkpoint {last(run)}")
+    assert what in lines[0]
+    assert f"continuing from step {kills.STEPS - 2}" in err
+    assert kills.outcome(run) == kills.outcome(whole[name])
+
+
+@pytest.mark.parametrize("name", ["sft"])
+def test_without_any_whole_checkpoint_a_run_begins_anew(
+    world: Path, whole: dict[str, Path], run: Path, name: str, capfd
+) -> None:
+    for path in (run / "checkpoints").iterdir():
+        (path / "complete.json").unlink()
+    assert main(kills.arguments(world, name, run)) == 0
+    err = capfd.readouterr().err
+    assert err.count("is not complete") == 3
+    assert "continuing" not in err
+    assert kills.outcome(run) == kills.outcome(whole[name])
+
+
+def namespace(command: list[str]) -> bool:
+    """Give this process mounts of its own; whether it can mount."""
+    new_mounts, private = 0x20000, 0x40000 | 0x4000
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_mounts) or libc.mount(None, b"/", None, private, None):
+        return False
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+CANNOT_MOUNT = 77
+
+
+def on_a_read_only_disk(arguments: list[str], disk: Path, log: Path) -> None:
+    if not namespace(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)]):
+        os._exit(CANNOT_MOUNT)
+    kills.run_command(arguments, log, {})
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_read_only_disk(world: Path, tmp_path: Path, name: str) -> None:
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    arguments = kills.arguments(world, name, disk / "run")
+    code = in_process(on_a_read_only_disk, arguments, disk, log)
+    if code == CANNOT_MOUNT:
+        pytest.skip("mounting needs rights that this user does not have")
+    assert code == 2, log.read_text()
+    assert log.read_text().splitlines()[-1] == (
+        f"error: {disk / 'run'}: Read-only file system"
+    )
+
+
+def on_a_small_disk(arguments: list[str], disk: Path, log: Path, copy: Path) -> None:
+    """Run until the disk is full, note what is there, make room, and run again."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)]
+    if not namespace(mount):
+        os._exit(CANNOT_MOUNT)
+    sys.stderr = log.open("w", buffering=1)
+    assert main(arguments) == 2
+    shutil.copytree(disk / "run", copy / "full")
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    assert main(arguments) == 0
+    shutil.copytree(disk / "run", copy / "done")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_full_disk(
+    world: Path, whole: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    arguments = kills.arguments(world, name, disk / "run")
+    code = in_process(on_a_small_disk, arguments, disk, log, tmp_path)
+    if code == CANNOT_MOUNT:
+        pytest.skip("mounting needs rights that this user does not have")
+    assert code == 0, log.read_text()
+    errors = [line for line in log.read_text().splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "No space left on device" in errors[0]
+    assert str(disk / "run") in errors[0]
+    kept = sorted((tmp_path / "full" / "checkpoints").glob("step-????????"))
+    assert kept
+    for path in kept:
+        for file in path.glob("*.safetensors"):
+            load_file(file)
+    assert kills.outcome(tmp_path / "done") == kills.outcome(whole[name])
