@@ -138,8 +138,8 @@ def held_parameters(config: LlamaConfig, shard: int = 1, tensor: int = 1) -> int
     """
     total = 0
     for count, rows, columns, split in parameter_shapes(config):
-        rows //= tensor if split == "rows" else 1
-        columns //= tensor if split == "columns" else 1
+        rows = -(-rows // tensor) if split == "rows" else rows
+        columns = -(-columns // tensor) if split == "columns" else columns
         total += count * -(-rows // shard) * columns
     return total
 
@@ -194,11 +194,8 @@ def training_memory(
     """
     _, shard, tensor = layout.sizes(n_processes, config)
     number = 2 if precision == "bf16-mixed" else 4
-    width, tokens, piece = (
-        config.dim,
-        windows * sequence,
-        min(PIECE, windows * sequence),
-    )
+    width, tokens = config.dim, windows * sequence
+    piece = min(PIECE, tokens)
     vocabulary = config.vocab_size * width
 
     held = held_parameters(config, shard, tensor)
@@ -395,6 +392,5 @@ def accumulation(batch: int, groups: int, at_most: int) -> int:
             f"a batch of {batch:,} windows / {groups:,} groups of processes = "
             f"{batch / groups:.2f} windows for each; a batch of {near:,} would do"
         )
-    return next(
-        n for n in range(1, share + 1) if share % n == 0 and share // n <= at_most
-    )
+    fits = (n for n in range(1, share + 1) if share % n == 0 and share // n <= at_most)
+    return next(fits)
