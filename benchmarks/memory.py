@@ -62,11 +62,14 @@ class Training:
         build, fill = partial(Llama, config), partial(Llama.init_weights, seed=0)
         self.model = lay_out(build, fill, mesh, layout, dtype)
         self.optimizer = configure_optimizer(self.model, 1e-5)
+        self.is_bf16 = dtype == torch.bfloat16
 
     def accumulate(self, windows: Tensor) -> None:
         """Add the gradients of some windows."""
-        hidden = self.model(windows[:, :-1], return_hidden=True)
-        vocabulary_loss(hidden, self.model.output.weight, windows[:, 1:]).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
+            hidden = self.model(windows[:, :-1], return_hidden=True)
+            loss = vocabulary_loss(hidden, self.model.output.weight, windows[:, 1:])
+        loss.backward()
 
     def counted(self) -> dict[str, int]:
         """Bytes of the tensors that stay."""
