@@ -174,6 +174,16 @@ def report(error: Exception) -> int:
     if isinstance(error, expected) or type(error).__module__.startswith("lightning"):
         print(f"error: {sentence}", file=sys.stderr)
         return 2
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(
+        sign in sentence for sign in ("gloo/transport", "Gloo", "NCCL")
+    ):
+        which = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
+        print(
+            f"error: process {which} has lost another process of this run, which may "
+            "say why it ended",
+            file=sys.stderr,
+        )
+        return 2
     kind = type(error).__name__
     hint = f"set {DEBUG}=1 to see where"
     print(f"error: unexpected {kind}: {sentence} ({hint})", file=sys.stderr)

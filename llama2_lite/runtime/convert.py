@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from llama2_lite.model import Llama, LlamaConfig
@@ -57,7 +58,7 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         if is_first():
-            model.save_pretrained(folder, tokenizer, force=True)
+            _replace(model, folder, tokenizer)
         return
     beside = folder.with_name(f".{folder.name}.parts")
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -68,12 +69,19 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
 
     def finish() -> None:
         whole = assemble(describe_model(model), beside)
-        whole.save_pretrained(folder, tokenizer, force=True)
+        _replace(whole, folder, tokenizer)
         shutil.rmtree(beside)
 
     in_first(begin)
     write_tensors(tensors, beside)
     in_first(finish)
+
+
+def _replace(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
+    try:
+        model.save_pretrained(folder, tokenizer, force=True)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{folder}: {error}") from None
 
 
 def convert(
