@@ -8,10 +8,12 @@ import yaml
 from llama2_lite.model import LlamaConfig
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.configs import CONFIGS
-from llama2_lite.scaling import Layout, accumulation
+from llama2_lite.scaling import Layout, accumulation, training_memory
 
 PEAK_LR = {"7b": 3e-4, "13b": 3e-4, "34b": 1.5e-4, "70b": 1.5e-4}  # paper §2.2
-SIZES = ["15m", "110m", "1b", *PEAK_LR]
+# how many of 80 GB each configuration is laid out for
+GPUS = {"15m": 1, "110m": 1, "1b": 8, "7b": 64, "13b": 128, "34b": 512, "70b": 2048}
+SIZES = list(GPUS)
 PAPER = {  # Table 2: GPU hours, watts, tonnes of CO2eq
     "7b": (184_320, 400, 31.22),
     "13b": (368_640, 400, 62.44),
@@ -107,11 +109,13 @@ def test_configurations_hold_the_papers_settings(size):
         assert config["model"]["warmup"] == 2000
         assert length * windows == 4 * 2**20
         assert config["trainer"]["max_steps"] == -(-2 * 10**12 // (length * windows))
-    layout = Layout(**config.get("layout", {}))
-    for n_processes in (layout.tensor, 8, 64):
-        copies, shard, _ = layout.sizes(n_processes, LlamaConfig.preset(size))
-        groups = copies * shard
-        assert accumulation(windows, groups, 1) == windows // groups
+    layout, device_batch = Layout(**config["layout"]), config["device_batch"]
+    n_gpus = GPUS[size]
+    copies, shard, _ = layout.sizes(n_gpus, LlamaConfig(**model))
+    parts = accumulation(windows, copies * shard, device_batch)
+    assert copies * shard * device_batch * parts == windows
+    memory = training_memory(LlamaConfig(**model), layout, n_gpus, device_batch, length)
+    assert memory.total < 76 * 2**30
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -122,6 +126,8 @@ def test_configurations_are_read_by_the_command(size, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["output"] == f"runs/{size}"
     assert printed["model"]["config"]["dim"] == LlamaConfig.preset(size).dim
+    assert printed["layout"]["compile"] is True
+    assert printed["device_batch"] >= 1
 
 
 def test_a_configuration_that_is_not_there_names_those_that_are(capsys):
