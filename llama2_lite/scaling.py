@@ -22,7 +22,6 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from llama2_lite.layers import RMSNorm
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import M
 
@@ -240,11 +239,12 @@ def make_mesh(device: str, sizes: tuple[int, int, int]) -> DeviceMesh:
     )
 
 
-def share_products(llama: Llama, mesh: DeviceMesh) -> None:
+def share_products(model: nn.Module, mesh: DeviceMesh) -> None:
     """Divide the matrices of a model on the device "meta" over a tensor group.
 
     A process has whole heads, some hidden features, and some rows of the vocabulary;
-    norms it computes like all the others. Source: Shoeybi et al., 2019.
+    what is small, such as norms, all of them have and compute alike. Source: Shoeybi
+    et al., 2019.
     """
     plan = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate()),
@@ -254,12 +254,19 @@ def share_products(llama: Llama, mesh: DeviceMesh) -> None:
         "layers.*.feed_forward.w2": RowwiseParallel(),
         "output": ColwiseParallel(output_layouts=Replicate()),
     }
-    parallelize_module(llama, mesh, plan)
-    if llama.config.tie_embeddings:
-        llama.output.weight = llama.tok_embeddings.weight
-    for module in llama.modules():
-        if isinstance(module, RMSNorm):
+    for llama in find_llamas(model):
+        parallelize_module(llama, mesh, plan)
+        if llama.config.tie_embeddings:
+            llama.output.weight = llama.tok_embeddings.weight
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not isinstance(own[0], DTensor):
             distribute_module(module, mesh, input_fn=_enter, output_fn=_leave)
+
+
+def find_llamas(model: nn.Module) -> list[Llama]:
+    """The model itself, or those in it."""
+    return [module for module in model.modules() if isinstance(module, Llama)]
 
 
 def _enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
@@ -295,9 +302,9 @@ def lay_out(
     is_hybrid = mesh["replicate"].size() > 1
     data = mesh["replicate", "shard"] if is_hybrid else mesh["shard"]
     shard = partial(fully_shard, mesh=data, mp_policy=policy)
-    for llama in [part for part in model.modules() if isinstance(part, Llama)]:
-        if mesh["tensor"].size() > 1:
-            share_products(llama, mesh["tensor"])
+    if mesh["tensor"].size() > 1:
+        share_products(model, mesh["tensor"])
+    for llama in find_llamas(model):
         for block in llama.layers:
             if layout.checkpoint_activations:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
