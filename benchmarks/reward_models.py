@@ -33,6 +33,7 @@ from llama2_lite.pretraining import (
 from llama2_lite.reward import (
     PreferenceDataset,
     RewardModel,
+    RewardModule,
     answered,
     count_right,
     dialogs_of,
@@ -40,7 +41,6 @@ from llama2_lite.reward import (
     mix_pairs,
     pad_rows,
     ranking_loss,
-    safety_loss,
     score_pairs,
     written_preferences,
 )
@@ -106,20 +106,19 @@ def train(
     seed: int,
     margins: str = "none",
     weight: float = 0.0,
+    token_weight: float = 1.0,
 ) -> RewardModel:
     """One reward model."""
     data = PreferenceDataset(pairs, tokenizer, 512, margins=margins, seed=seed)
-    model = RewardModel.from_chat(start)
+    module = RewardModule(start, safety_weight=weight, token_weight=token_weight)
+    module.configure_model()
 
     def loss(step: int) -> torch.Tensor:
-        batch = data.batch(step, CONFIG["batch_size"])
-        scores = model.score_rows(batch.tokens, batch.lengths)
-        value = ranking_loss(*scores.chunk(2), batch.margins)
-        return value + weight * safety_loss(scores, batch.is_safe)
+        return module.loss(data.batch(step, CONFIG["batch_size"]))
 
     n_steps = round(CONFIG["epochs"] * len(data) / CONFIG["batch_size"])
-    descend(model, max(1, n_steps), loss, CONFIG["peak_lr"])
-    return model
+    descend(module.model, max(1, n_steps), loss, CONFIG["peak_lr"])
+    return module.model
 
 
 @dataclass

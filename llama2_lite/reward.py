@@ -590,6 +590,7 @@ class PreferenceDataModule(DialogDataModule):
 class RewardModule(PretrainingModule):
     """A reward model that learns from pairs.
 
+    The loss is the chapter's equation for it, see `ranking_loss` and `safety_loss`.
     Logs what `PretrainingModule` logs, and ``accuracy`` in validation: the share of
     pairs whose chosen answer has the higher score. The warm-up is 3% of the steps and
     at least 5 (paper §3.2.2).
