@@ -5,7 +5,7 @@ then `make export`.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -165,6 +165,41 @@ class GhostDialog(NamedTuple):
     replies: list[str | None]
 
 
+def draw_replies(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    checks: Sequence[Callable[[str], bool]],
+    *,
+    draws: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> list[str | None]:
+    """Reply to each prompt; what fails its check is drawn again, or None at the end."""
+    replies: list[str | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for draw in range(draws):
+        waiting = [row for row in order if replies[row] is None]
+        for start in range(0, len(waiting), batch_size):
+            rows = waiting[start : start + batch_size]
+            drawn = generate(
+                model,
+                [prompts[row] for row in rows],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop_ids=[tokenizer.eos_id],
+                seed=seed + 7919 * draw,
+                rows=rows,
+            )
+            for row, ids, ended in zip(rows, drawn.ids, drawn.finished, strict=True):
+                reply = tokenizer.decode(ids).strip()
+                if ended and reply and checks[row](reply):
+                    replies[row] = reply
+    return replies
+
+
 def build_dialogs(
     model: Llama,
     tokenizer: Tokenizer,
@@ -174,6 +209,7 @@ def build_dialogs(
     combined: float = 0.2,
     plain: float = 0.1,
     context: int | None = None,
+    draws: int = 2,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
@@ -192,6 +228,7 @@ def build_dialogs(
             replies, so that what is not asked for is not learned.
         context: how many turns, the current one too, the model sees when it replies;
             all if left out.
+        draws: how often to draw a reply, at most, until one obeys.
         max_new_tokens: a reply without an end is not used.
 
     Raises:
@@ -219,23 +256,20 @@ def build_dialogs(
             ids = encode_dialog(told[k][:-1], tokenizer).ids
             prompts.append([id for turn in encoded[first:k] for id in turn] + ids)
             asked.append((number, k, instruction))
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        generation = generate(
-            model,
-            [prompts[row] for row in rows],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop_ids=[tokenizer.eos_id],
-            seed=seed,
-            rows=rows,
-        )
-        for i, row in enumerate(rows):
-            number, k, instruction = asked[row]
-            reply = tokenizer.decode(generation.ids[i]).strip()
-            if generation.finished[i] and reply and instruction.check(reply):
-                made[number].replies[k] = reply
+    checks = [instruction.check for *_, instruction in asked]
+    replies = draw_replies(
+        model,
+        tokenizer,
+        prompts,
+        checks,
+        draws=draws,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    for (number, k, _), reply in zip(asked, replies, strict=True):
+        made[number].replies[k] = reply
     return made
 
 

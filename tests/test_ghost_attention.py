@@ -211,6 +211,30 @@ def test_only_finished_replies_that_obey_are_kept(model, tokenizer, monkeypatch)
     assert made.instruction in (CAPITALS.text, CAPITALS.short)
 
 
+def test_a_reply_that_does_not_obey_is_drawn_again(model, tokenizer, monkeypatch):
+    asked: list[list[int]] = []
+
+    def fake(model: Any, ids: Any, *, rows: Any, seed: int, **_: Any) -> Generation:
+        later = bool(asked)
+        asked.append(sorted(rows))
+        texts = [
+            "LATER." if later and row == 1 else ("NOW.", "no")[row % 2] for row in rows
+        ]
+        return Generation(
+            [tokenizer.encode(text) for text in texts],
+            [[]] * len(rows),
+            [True] * len(rows),
+        )
+
+    monkeypatch.setattr(ghost_attention, "generate", fake)
+    dialog = say(*("Who?", "Tom.") * 4)
+    (made,) = build_dialogs(
+        model, tokenizer, [dialog], [CAPITALS], plain=0, combined=0, draws=3
+    )
+    assert made.replies == ["NOW.", "LATER.", "NOW.", None]
+    assert asked == [[0, 1, 2, 3], [1, 3], [3]]
+
+
 @pytest.mark.parametrize("context", [None, 1, 2])
 def test_the_sampler_is_told_at_every_turn(model, tokenizer, monkeypatch, context):
     prompts = scripted(monkeypatch, tokenizer, ["Yes."])
