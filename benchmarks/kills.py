@@ -5,7 +5,7 @@ killed (SIGKILL) at random moments, half of them aimed into a save, and started 
 until it is done; then the next run begins, until there were enough kills. One more run
 is killed after each step, at the boundaries of the data's epochs too. What every run
 leaves, the last checkpoint with weights and optimizer, the model folder, sampled data
-and figures, has to be the same, byte for byte, as what a run leaves that nobody killed.
+and figures, has to be the same, bit for bit, as what a run leaves that nobody killed.
 With `--processes 2` the model is sharded over two of them, one of which is killed; the
 other has to end by itself. With `--signal TERM` or `INT` all are asked to stop instead,
 which has to be exit code 0.
@@ -348,6 +348,7 @@ def as_torchrun_does(processes: int) -> list[dict[str, str]]:
         "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "kills",
+        "LLAMA2_LITE_START_SECONDS": str(PATIENCE / 3),
     }
     return [
         {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -369,18 +370,29 @@ def _stamp(path: Path) -> int | None:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """A checksum of each file that a run leaves.
+    """A checksum of what is in each file that a run leaves.
 
-    Logs and the configuration only have to be there.
+    Logs, the configuration and the list of checksums only have to be there.
     """
     last = max((folder / "checkpoints").glob("step-*"))
     places = [last, *(folder / part for part in PARTS)]
     files = [f for place in places for f in (place, *place.rglob("*")) if f.is_file()]
     names = (path.name for path in folder.iterdir())
     return dict.fromkeys(names, "") | {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
+        str(file.relative_to(folder)): checksum(file) for file in files
     }
+
+
+def checksum(file: Path) -> str:
+    """Of the bytes of a file; the keys of JSON may be in any order."""
+    data, header = file.read_bytes(), b""
+    if file.name == "complete.json":
+        return ""
+    if file.suffix == ".safetensors":  # its format: length, JSON, tensors
+        length = 8 + int.from_bytes(data[:8], "little")
+        names = json.loads(data[8:length])
+        header, data = json.dumps(names, sort_keys=True).encode(), data[length:]
+    return hashlib.sha256(header + data).hexdigest()
 
 
 def in_process(function: Any, *values: Any) -> None:
