@@ -7,6 +7,9 @@ import pytest
 import torch
 from tiny_layouts import outcome, run_cases, write_inputs
 
+from llama2_lite.model import Llama, LlamaConfig
+from llama2_lite.runtime.convert import convert
+from llama2_lite.runtime.strategy import LayoutStrategy, divide
 from llama2_lite.scaling import Layout
 
 LAYOUTS = {
@@ -36,17 +39,106 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.fixture(scope="module")
 def by_four(folder: Path) -> dict[str, Any]:
-    cases = {
+    cases: dict[str, Any] = {
         f"{stage} {name}": (stage, layout, {})
         for stage in STAGES
         for name, layout in LAYOUTS.items()
     }
+    saved, again = {"run": folder / "four"}, {"resume": folder / "four/step-00000006"}
+    cases["pretraining saved"] = ("pretraining", Layout(tensor=2), saved)
+    cases["pretraining resumed"] = ("pretraining", Layout(tensor=2), again)
+    cases["sft in parts"] = ("sft", Layout(), {"accumulate_grad_batches": 2})
     return run_cases(4, folder, cases)
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    found = {stage: outcome(stage, folder) for stage in STAGES[1:]}
+    return found | {"pretraining": outcome("pretraining", folder, run=folder / "one")}
+
+
+@pytest.fixture(scope="module")
+def by_two(folder: Path, by_four: Any, alone: Any) -> dict[str, Any]:
+    fours, one = folder / "four/step-00000006", folder / "one/step-00000006"
+    compiled = Layout(checkpoint_activations=True, compile=True)
+    parts = {"resume": fours, "accumulate_grad_batches": 2}
+    cases = {
+        "from four": ("pretraining", Layout(), {"resume": fours}),
+        "from four in parts": ("pretraining", Layout(tensor=2), parts),
+        "from one": ("pretraining", Layout(shard=1), {"resume": one}),
+        "compiled": ("pretraining", compiled, {}),
+    }
+    return run_cases(2, folder, cases)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_four_processes_train_what_one_trains(stage, folder, by_four):
-    alone = outcome(stage, folder)
-    assert len(alone["losses"]) == 10
+def test_four_processes_train_what_one_trains(stage, alone, by_four):
+    assert len(alone[stage]["losses"]) == 10
     for name in LAYOUTS:
-        assert_same(by_four[f"{stage} {name}"], alone)
+        assert_same(by_four[f"{stage} {name}"], alone[stage])
+
+
+def test_parts_of_a_batch_are_the_batch(folder, alone, by_four):
+    assert_same(by_four["sft in parts"], alone["sft"])
+    assert_same(outcome("sft", folder, accumulate_grad_batches=2), alone["sft"])
+
+
+def test_compiled_and_recomputed_is_the_same(alone, by_two):
+    assert_same(by_two["compiled"], alone["pretraining"])
+
+
+def last_losses(found: Any) -> Any:
+    return found | {"losses": found["losses"][-4:]}
+
+
+def test_resumed_is_never_interrupted(by_four):
+    resumed, straight = (by_four[f"pretraining {how}"] for how in ("resumed", "saved"))
+    assert len(resumed["losses"]) == 4
+    for name, tensor in last_losses(straight).items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize("case", ["from four", "from four in parts", "from one"])
+def test_a_run_goes_on_in_another_layout(case, by_two, alone):
+    assert_same(by_two[case], last_losses(alone["pretraining"]))
+
+
+def test_one_process_goes_on_where_four_stopped(folder, by_four, alone):
+    resumed = outcome("pretraining", folder, resume=folder / "four/step-00000006")
+    assert_same(resumed, last_losses(alone["pretraining"]))
+
+
+def test_a_checkpoint_of_four_becomes_a_model(folder, by_four, tmp_path):
+    convert(folder / "four", tmp_path / "model", folder / "tokenizer.model")
+    model = Llama.from_pretrained(tmp_path / "model")
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, by_four["pretraining saved"][f"model.{name}"])
+    assert (tmp_path / "model" / "tokenizer.model").is_file()
+
+
+CONFIG = LlamaConfig(32, 2, 4, 2, 400, hidden_dim=48)
+
+
+@pytest.mark.parametrize(
+    ("devices", "layout", "batch", "problem"),
+    [
+        (3, Layout(tensor=2), 8, "3 processes cannot be divided into groups of"),
+        (4, Layout(tensor=4), 8, "layout.tensor = 4 does not divide n_kv_heads = 2"),
+        (4, Layout(shard=3), 8, "4 groups, which layout.shard = 3 does not divide"),
+        (3, Layout(), 8, "8 windows / 3 groups of processes = 2.67 windows for each"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(devices, layout, batch, problem):
+    given = {"accelerator": "cpu", "devices": devices}
+    with pytest.raises(ValueError, match=problem):
+        divide(given, layout, CONFIG, [(16, batch)], None)
+
+
+def test_parts_follow_from_what_a_device_can_take():
+    given = {"accelerator": "cpu", "devices": 2, "val_check_interval": 5}
+    made = divide(given, Layout(), CONFIG, [(16, 64), (64, 16)], device_batch=2)
+    assert made["accumulate_grad_batches"] == 4  # 16 / 2 processes / 2, and 64 / 2 / 8
+    assert made["val_check_interval"] == 20
+    assert isinstance(made["strategy"], LayoutStrategy)
+    alone = divide({"accelerator": "cpu"}, Layout(), CONFIG, [(16, 64)], None)
+    assert "strategy" not in alone
