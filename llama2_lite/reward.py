@@ -577,9 +577,10 @@ class PreferenceDataModule(DialogDataModule):
         self.batch_size = batch_size
 
     def val_dataloader(self) -> DataLoader[PairBatch]:  # type: ignore[override]
-        """All pairs held out, in order."""
+        """The pairs held out, in order, as many in each process."""
         rank, world_size = processes(self.trainer)
-        numbers = range(rank, len(self.held_out), world_size)
+        n_pairs = len(self.held_out) // world_size * world_size
+        numbers = range(rank, n_pairs, world_size)
         starts = range(0, len(numbers), self.batch_size)
         batches: Any = [
             self.held_out.pairs(numbers[i : i + self.batch_size]) for i in starts
