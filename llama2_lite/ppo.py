@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llama2_lite.chat import Dialog, encode_dialog
-from llama2_lite.generation import generate
-from llama2_lite.model import Llama
-from llama2_lite.pretraining import MixedLengthLoader, configure_optimizer
+from llama2_lite.generation import for_decoding, generate
+from llama2_lite.model import Llama, read_config
+from llama2_lite.pretraining import (
+    LayOut,
+    MixedLengthLoader,
+    configure_optimizer,
+    on_one_device,
+    processes,
+    whole,
+)
 from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.tokenizer import Tokenizer
@@ -303,7 +310,7 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         train, held_out: see `PromptDataset`.
-        batch_size: prompts of an iteration.
+        batch_size: prompts of an iteration, over all processes.
     """
 
     def __init__(self, train: PromptDataset, held_out: PromptDataset, batch_size: int):
@@ -313,7 +320,8 @@ class PromptDataModule(LightningDataModule):
     def train_dataloader(self) -> MixedLengthLoader:
         """Batches of prompts without end."""
         datasets: list[Any] = [self.train]
-        return MixedLengthLoader(datasets, [1.0], [self.batch_size])
+        share = processes(self.trainer)
+        return MixedLengthLoader(datasets, [1.0], [self.batch_size], *share)
 
     def val_dataloader(self) -> DataLoader[list[Prompt]]:
         """All held-out prompts, in one batch."""
@@ -363,18 +371,35 @@ def answer_logprobs(model: Llama, ids: Tensor, mask: Tensor) -> Tensor:
         mask: the tokens of the answers, bool, (B, T); never the first of a row.
     """
     hidden = model(ids[:, :-1], return_hidden=True)[mask[:, 1:]]  # (N, C)
-    found = -F.cross_entropy(model.output(hidden).float(), ids[mask], reduction="none")
+    logits = F.linear(hidden, whole(model.output.weight)).float()  # (N, V)
+    found = -F.cross_entropy(logits, ids[mask], reduction="none")
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, found)
 
 
-def token_values(critic: RewardModel, ids: Tensor) -> Tensor:
-    """Value after each token, (B, T)."""
-    return critic.head(critic.llama(ids, return_hidden=True))[..., 0].float()
+class ValueModel(RewardModel):
+    """A reward model that is asked after each token and not only after the last."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        """Values after each token, (B, T)."""
+        hidden = self.llama(tokens, return_hidden=True)
+        return self.head(hidden).float().sum(-1)  # of one: a view is not for hooks
 
 
 def values_before(values_after: Tensor, mask: Tensor) -> Tensor:
     """From values after tokens to values before them, 0 outside of the mask, (B, T)."""
     return F.pad(values_after[:, :-1], (1, 0)).masked_fill(~mask, 0)
+
+
+@torch.no_grad()
+def rollout_copy(model: Llama) -> Llama:
+    """A whole copy of a model to sample from, also of one divided among processes."""
+    with torch.device("meta"):
+        copy = Llama(model.config)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owner = copy.get_submodule(name.rpartition(".")[0])
+        owner.weight = nn.Parameter(whole(weight).float(), requires_grad=False)
+    copy.cos, copy.sin = model.cos, model.sin
+    return for_decoding(copy)
 
 
 @dataclass(frozen=True)
@@ -422,10 +447,14 @@ class PPOModule(LightningModule):
         reward: scores answers, from prompts and answers to (B,).
         settings: see `PPOSettings`.
         seed: of the answers and of the order of the minibatches.
+        lay_out: makes each model where it should live, as in `PretrainingModule`.
+
+    Raises:
+        FileNotFoundError: if there is no model in the folder.
     """
 
     model: Llama
-    critic: RewardModel
+    critic: ValueModel
 
     def __init__(
         self,
@@ -433,25 +462,37 @@ class PPOModule(LightningModule):
         reward: Score,
         settings: PPOSettings | None = None,
         seed: int = 0,
+        lay_out: LayOut[Any] = on_one_device,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.folder, self.reward, self.seed = Path(folder), reward, seed
-        self.settings = settings or PPOSettings()
+        self.settings, self.lay_out = settings or PPOSettings(), lay_out
+        if not (path := self.folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no model: no config.json in it")
+        self.config = read_config(path)
         self.answers: list[str] = []
+        self.rank, self.n_processes, self.firsts = 0, 1, [0]
 
     def configure_model(self) -> None:
         """Open the policy, the reference and the value model."""
         if hasattr(self, "model"):
             return
-        self.model = Llama.from_pretrained(self.folder, torch.float32)
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
-        reference = Llama.from_pretrained(self.folder, torch.float32)
-        self.frozen = (
-            reference.requires_grad_(False),
-        )  # in a tuple, it does not get into checkpoints
+        config = self.config
+
+        def policy() -> Llama:
+            return self.lay_out(
+                lambda: Llama(config), lambda model: model.load_weights(self.folder)
+            )
+
+        self.model, reference = policy(), policy()
+        # in a tuple, it does not get into checkpoints
+        self.frozen = (reference.requires_grad_(False),)
         if self.settings.critic:
-            self.critic = RewardModel.from_chat(self.folder).float()
+            self.critic = self.lay_out(
+                lambda: ValueModel(config), lambda model: model.load_chat(self.folder)
+            )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer for both models, each with its learning rate."""
@@ -465,68 +506,109 @@ class PPOModule(LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Put the reference where the policy is.
-
-        Raises:
-            ValueError: if there are several processes.
-        """
-        if self.trainer.world_size > 1:
-            raise ValueError("PPO runs in one process; set the number of devices to 1")
+        """Put the reference where the policy is, and find the other processes."""
         self.frozen[0].to(self.device)
+        self.rank, self.n_processes = processes(self.trainer)
+        # those that share a model (chapter 10) see the same data: one of them counts
+        ranks = self.all_gather(torch.tensor(self.rank, device=self.device))
+        every = ranks.flatten().tolist()
+        self.firsts = [every.index(rank) for rank in range(self.n_processes)]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of the batch."""
+        if self.n_processes == 1:
+            return rows
+        return self.all_gather(rows)[self.firsts].flatten(0, 1)
 
     def sample(
-        self, prompts: list[Prompt], seed: int
+        self, prompts: list[Prompt], seed: int, rows: Sequence[int] | None = None
     ) -> tuple[list[list[int]], list[str], Tensor]:
-        """Answers to prompts: ids, texts, and whether they ended, (B,)."""
+        """Answers to prompts: ids, texts, and whether they ended, (B,).
+
+        Args:
+            rows: which prompts of the whole batch these are, see `generate`.
+        """
         # in full precision: rounding would make rare tokens rarer or more likely
         with torch.autocast(self.device.type, enabled=False):
             drawn = generate(
-                self.model,
+                rollout_copy(self.model),
                 [prompt.ids for prompt in prompts],
                 max_new_tokens=self.settings.max_new_tokens,
                 stop_ids=[self.tokenizer.eos_id],
                 seed=seed,
+                rows=rows,
             )
         texts = [self.tokenizer.decode(ids).strip() for ids in drawn.ids]
         return drawn.ids, texts, torch.tensor(drawn.finished, device=self.device)
+
+    def score(self, prompts: list[Prompt], finished: Tensor) -> Tensor:
+        """Scores of the answers, NaN for those that did not end, (B,)."""
+        # reward models that are divided among processes need all of them, so that one
+        # whose answers were all cut asks about an empty one
+        asked = finished.nonzero()[:, 0].tolist() or [0]
+        texts = [self.answers[i] if finished[i] else "" for i in asked]
+        scores = torch.full(finished.shape, math.nan, device=self.device)
+        scored = self.reward([prompts[i].dialog for i in asked], texts)
+        scores[asked] = scored.to(scores)
+        return scores.masked_fill(~finished, math.nan)
 
     @torch.no_grad()
     def collect(self, prompts: list[Prompt], seed: int) -> Rollout:
         """Answer prompts, score the answers, and compute what learning needs.
 
+        Each process answers its own prompts; what is returned has the answers of all.
+
         Raises:
             ValueError: if no answer ended, or if rewards are not finite or all equal.
         """
-        settings = self.settings
-        answers, self.answers, finished = self.sample(prompts, seed)
-        if not finished.any():
-            raise ValueError(
-                f"none of {len(prompts)} answers ended within "
-                f"{settings.max_new_tokens} tokens; allow more"
-            )
+        first = self.rank * len(prompts)
+        numbers = range(first, first + len(prompts))
+        answers, self.answers, finished = self.sample(prompts, seed, numbers)
         rows = [prompt.ids + ids for prompt, ids in zip(prompts, answers, strict=True)]
         ids, lengths = (x.to(self.device) for x in pad_rows(rows))
+        width = int(self.gather(lengths).max())
+        ids = F.pad(ids, (0, width - ids.shape[1]))  # (B, T), T the same everywhere
         starts = torch.tensor([len(p.ids) for p in prompts], device=self.device)
-        places = torch.arange(ids.shape[1], device=self.device)
+        places = torch.arange(width, device=self.device)
         mask = (places >= starts[:, None]) & (places < lengths[:, None])  # (B, T)
-
-        logprobs = answer_logprobs(self.model, ids, mask)
-        reference = answer_logprobs(self.frozen[0], ids, mask)
-        after = torch.zeros_like(logprobs)
-        if settings.critic:
-            after = token_values(self.critic, ids)
-        values = values_before(after, mask)
-
-        scores = torch.full(finished.shape, math.nan, device=self.device)
-        ended = finished.nonzero()[:, 0].tolist()
-        scored = self.reward(
-            [prompts[i].dialog for i in ended], [self.answers[i] for i in ended]
+        parts = (
+            ids,
+            mask,
+            answer_logprobs(self.model, ids, mask),
+            answer_logprobs(self.frozen[0], ids, mask),
+            self.critic(ids) if self.settings.critic else torch.zeros_like(ids).float(),
+            self.score(prompts, finished),
+            finished,
         )
-        scores[finished] = scored.to(scores)
+        return self.judge(*map(self.gather, parts))
+
+    def judge(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        reference: Tensor,
+        after: Tensor,
+        scores: Tensor,
+        finished: Tensor,
+    ) -> Rollout:
+        """Rewards and advantages of all answers, see `Rollout` and `collect`.
+
+        Args:
+            after: values after each token, (B, T).
+        """
+        settings = self.settings
+        if not finished.any():
+            raise ValueError(
+                f"none of {len(ids)} answers ended within "
+                f"{settings.max_new_tokens} tokens; allow more"
+            )
         final = whiten(scores, finished) - settings.cut_penalty * (~finished)
         rewards = -settings.kl_weight * (logprobs - reference)
-        last = torch.arange(len(ids), device=self.device), lengths - 1
+        ends = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        last = torch.arange(len(ids), device=ids.device), ends
         rewards[last] += final
+        values = values_before(after, mask)
         advantages, returns = generalized_advantages(
             rewards,
             values,
@@ -555,7 +637,7 @@ class PPOModule(LightningModule):
         loss = policy_loss(logprobs, part.logprobs, part.advantages, mask, clip)
         if not self.settings.critic:
             return loss, torch.zeros_like(loss)
-        values = values_before(token_values(self.critic, part.ids), mask)
+        values = values_before(self.critic(part.ids), mask)
         return loss, value_loss(values, part.values, part.returns, mask, clip)
 
     def training_step(self, prompts: list[Prompt], batch_idx: int) -> None:
@@ -566,20 +648,26 @@ class PPOModule(LightningModule):
             FloatingPointError: if a loss or a gradient is not finite.
         """
         size, iteration = self.settings.minibatch_size, self.global_step
-        if len(prompts) % size:
-            raise ValueError(f"minibatches of {size} do not divide {len(prompts)}")
+        n_rows = len(prompts) * self.n_processes
+        if n_rows % size or size % self.n_processes:
+            raise ValueError(
+                f"minibatches of {size} do not divide {n_rows}"
+                if n_rows % size
+                else f"{self.n_processes} processes cannot share minibatches of {size}"
+            )
         rollout = self.collect(prompts, self.seed * 1_000_003 + iteration)
         random = np.random.default_rng([self.seed, iteration])
-        order = torch.from_numpy(random.permutation(len(prompts))).to(self.device)
+        order = torch.from_numpy(random.permutation(n_rows)).to(self.device)
         optimizer = self.optimizers()
         figures = []
         parts = order.split(size)
         for number, chosen in enumerate(parts, start=1):
             optimizer.zero_grad()
-            losses = self.losses(rollout.rows(chosen))
+            losses = self.share_of_losses(rollout, chosen)
             self.manual_backward(sum(losses))
             norms = [self.clip_gradient(model) for model in self.children()]
-            figures.append(torch.stack([*losses, *norms]).detach())
+            found = torch.stack([*losses, *norms]).detach()
+            figures.append(self.trainer.strategy.reduce(found, reduce_op="mean"))
             if not figures[-1].isfinite().all():
                 raise FloatingPointError(
                     f"in iteration {iteration} a loss or its gradient is not a finite "
@@ -589,9 +677,21 @@ class PPOModule(LightningModule):
             (optimizer if number == len(parts) else optimizer.optimizer).step()
         self.log_iteration(rollout, torch.stack(figures).mean(0))
 
+    def share_of_losses(self, rollout: Rollout, chosen: Tensor) -> list[Tensor]:
+        """Losses of this process's part of a minibatch.
+
+        Their mean over the processes is the loss of the minibatch, in which each token
+        counts alike.
+        """
+        mine = chosen[self.rank :: self.n_processes]
+        n_mine, n_all = (rollout.response_mask[rows].sum() for rows in (mine, chosen))
+        weight = n_mine * self.n_processes / n_all
+        return [loss * weight for loss in self.losses(rollout.rows(mine))]
+
     def clip_gradient(self, model: nn.Module) -> Tensor:
         """Scale a long gradient down; returns how long it was."""
-        return nn.utils.clip_grad_norm_(model.parameters(), self.settings.clip_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), self.settings.clip_norm)
+        return whole(norm)
 
     def log_iteration(self, rollout: Rollout, figures: Tensor) -> None:
         """Log what there is to watch."""
@@ -613,8 +713,17 @@ class PPOModule(LightningModule):
 
         ``validation_loss`` is its negative, for what keeps the model with the lowest.
         """
-        _, texts, _ = self.sample(prompts, seed=self.seed)
-        reward = self.reward([prompt.dialog for prompt in prompts], texts).mean()
+        numbers = range(self.rank, len(prompts), self.n_processes)
+        mine = [prompts[i] for i in numbers]
+        if len(prompts) < self.n_processes:
+            raise ValueError(
+                f"{self.n_processes} processes cannot share {len(prompts)} prompts"
+            )
+        _, texts, _ = self.sample(mine, self.seed, numbers)
+        rewards = self.reward([prompt.dialog for prompt in mine], texts).double()
+        sums = torch.stack([rewards.sum(), rewards.new_tensor(len(mine))])
+        total, count = self.gather(sums[None].to(self.device)).sum(0)
+        reward = (total / count).float()
         values = {"validation_reward": reward, "validation_loss": -reward}
         self.log_dict(values, batch_size=len(prompts))
 

@@ -1,6 +1,8 @@
 """PPO: its formulas by hand and by loops, its rollouts, and its runs."""
 
+import csv
 import math
+import socket
 from dataclasses import fields
 from random import Random
 
@@ -10,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from safetensors.torch import load_file
 from tiny_ppo import (
-    ITERATIONS,
     dialogs,
     make_training,
     reward,
     train,
     train_and_die,
+    train_as_one_of,
+    weights,
     write_model,
 )
 from tiny_training import KILLED, in_process
@@ -35,11 +39,11 @@ from llama2_lite.ppo import (
     model_scores,
     oracle_scores,
     policy_loss,
-    token_values,
     value_loss,
     whiten,
 )
 from llama2_lite.reward import RewardModel
+from llama2_lite.scaling import Layout
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Oracle, build_town
 
@@ -342,7 +346,7 @@ def test_the_end_of_an_answer_is_rewarded_and_a_cut_one_goes_on(module, folder):
     ) / rollout.scores[finished].std(correction=0)
     torch.testing.assert_close(rollout.rewards[last][finished], white)
     assert (rollout.rewards[last][~finished] == -1).all()
-    after = token_values(module.critic, rollout.ids)[last].detach()
+    after = module.critic(rollout.ids)[last].detach()
     expected = rollout.rewards[last] + after * ~finished - rollout.values[last]
     torch.testing.assert_close(rollout.advantages[last], expected)
     assert (rollout.ids[last] == module.tokenizer.eos_id).equal(finished)
@@ -370,11 +374,9 @@ def test_padding_and_neighbours_change_nothing(module, folder):
     other = ids.masked_fill(padding, 7)
     for ours, theirs in (
         (answer_logprobs(module.model, other, mask), rollout.logprobs),
-        (token_values(module.critic, other)[~padding], None),
+        (module.critic(other)[~padding], None),
     ):
-        expected = (
-            token_values(module.critic, ids)[~padding] if theirs is None else theirs
-        )
+        expected = module.critic(ids)[~padding] if theirs is None else theirs
         assert torch.equal(ours, expected)
     for row in range(4):
         alone = rollout.rows(torch.tensor([row]))
@@ -394,7 +396,7 @@ def test_prompt_tokens_are_never_learnt(module, folder):
         assert not getattr(rollout, name)[~rollout.response_mask].any(), name
     # the same answers to prompts that differ in a token
     drawn = module.sample(prompts, seed=5)
-    module.sample = lambda prompts, seed: drawn
+    module.sample = lambda prompts, seed, rows: drawn
     changed = [p._replace(ids=[*p.ids[:3], 9, *p.ids[4:]]) for p in prompts]
     again = module.collect(changed, seed=5)
     assert torch.equal(again.response_mask, mask_before)
@@ -482,9 +484,10 @@ def test_reward_rises_and_the_reference_stays(folder, tmp_path):
             self.rewards.append(float(trainer.callback_metrics["reward"]))
 
     watch = Watch()
-    trainer, module, _ = train(folder, tmp_path, [watch], lr=3e-3)
-    assert trainer.global_step == ITERATIONS == len(watch.rewards)
-    assert sum(watch.rewards[-2:]) > sum(watch.rewards[:2])
+    sizes = {"iterations": 5, "batch_size": 60, "minibatch_size": 20}
+    trainer, module, _ = train(folder, tmp_path, [watch], lr=3e-3, **sizes)
+    assert trainer.global_step == 5 == len(watch.rewards)
+    assert watch.rewards[-1] > watch.rewards[0] + 5
     start = Llama.from_pretrained(folder)
     for name, tensor in module.frozen[0].state_dict().items():
         assert torch.equal(tensor, start.state_dict()[name])
@@ -503,6 +506,39 @@ def test_killed_and_resumed_is_never_killed(folder, tmp_path, iteration):
         assert torch.equal(expected[name], found[name]), name
     logs = [tmp_path / name / "logs" / "metrics.csv" for name in ("whole", "killed")]
     assert logs[0].read_text() == logs[1].read_text()
+
+
+def test_two_processes_do_what_one_does(folder, tmp_path):
+    settings = {"iterations": 4, "critic_lr": 1e-3}
+    _, module, _ = train(folder, tmp_path / "one", **settings)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    layouts = {"copies": Layout(shard=1), "shards": Layout(), "tensor": Layout(0, 2)}
+    cases = {name: (layout, settings) for name, layout in layouts.items()}
+    torch.multiprocessing.spawn(
+        train_as_one_of, (2, port, folder, tmp_path, cases), nprocs=2
+    )
+    expected = weights(module)
+    start = Llama.from_pretrained(folder)
+    assert not torch.equal(expected["model.output.weight"], start.output.weight)
+    one = read_log(tmp_path / "one")
+    assert len(one) == 6  # two of them of validation
+    for name in cases:
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, atol=2e-6, rtol=0, msg=key)
+        torch.testing.assert_close(read_log(tmp_path / name), one, atol=2e-5, rtol=1e-4)
+
+
+def read_log(folder) -> list[dict[str, float]]:
+    """The figures of each step."""
+    with (folder / "logs" / "metrics.csv").open() as file:
+        return [
+            {key: float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def test_a_run_without_progress_on_held_out_prompts_stops_early(folder, tmp_path):

@@ -43,8 +43,16 @@ def reward(prompts, answers):
     return -torch.tensor(lengths, dtype=torch.float)
 
 
-def make_training(model_folder: Path, folder: Path, callbacks=(), **settings):
-    """Trainer, module and data of the run."""
+def make_training(
+    model_folder: Path,
+    folder: Path,
+    callbacks=(),
+    iterations=ITERATIONS,
+    batch_size=12,
+    trainer=None,
+    **settings,
+):
+    """Trainer, module and data of the run; ``trainer`` has more of its arguments."""
     from lightning.pytorch import Trainer
 
     from llama2_lite.ppo import PPOModule, PPOSettings, PromptDataModule, PromptDataset
@@ -59,7 +67,7 @@ def make_training(model_folder: Path, folder: Path, callbacks=(), **settings):
         PromptDataset(dialogs(n, start), tokenizer, 96, settings["max_new_tokens"])
         for n, start in ((20, 0), (6, 20))
     )
-    data = PromptDataModule(train, held_out, batch_size=12)
+    data = PromptDataModule(train, held_out, batch_size)
     parts = trainer_parts(
         folder,
         folder / "model",
@@ -67,14 +75,12 @@ def make_training(model_folder: Path, folder: Path, callbacks=(), **settings):
         checkpoint_every=2,
         callbacks=list(callbacks),
     )
-    trainer = Trainer(
-        **parts,
-        max_steps=ITERATIONS,
-        val_check_interval=2,
-        log_every_n_steps=1,
-        accelerator="cpu",
+    usual = {"max_steps": iterations, "val_check_interval": 2, "log_every_n_steps": 1}
+    return (
+        Trainer(**parts, **usual, accelerator="cpu", **(trainer or {})),
+        module,
+        data,
     )
-    return trainer, module, data
 
 
 def train(model_folder: Path, folder: Path, callbacks=(), **settings):
@@ -102,3 +108,38 @@ def train_and_die(model_folder: Path, folder: Path, iteration: int) -> None:
 
     PPOModule.losses = losses
     train(model_folder, folder)
+
+
+def weights(module) -> dict:
+    """All parameters that learn, put together."""
+    from llama2_lite.pretraining import whole
+
+    return {name: whole(p.detach()).clone() for name, p in module.named_parameters()}
+
+
+def train_as_one_of(
+    rank: int, size: int, port: int, model_folder: Path, folder: Path, cases: dict
+) -> None:
+    """Be one of several processes of some runs; the first notes what came out.
+
+    Args:
+        cases: layout and settings of each run.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from llama2_lite.runtime.strategy import LayoutStrategy
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+    }
+    for name, (layout, settings) in cases.items():
+        processes = {"strategy": LayoutStrategy(layout), "devices": size}
+        _, module, _ = train(model_folder, folder / name, trainer=processes, **settings)
+        found = weights(module)
+        if rank == 0:
+            save_file(found, folder / f"{name}.safetensors")
