@@ -89,6 +89,17 @@ def make_parser() -> Parser:
 
 def add_plan(commands: Any) -> None:
     """The arguments of `llama2-lite plan`."""
+    convert = commands.add_parser(
+        "convert",
+        help="make a model folder of a checkpoint",
+        description="Make a model folder of a checkpoint, whatever number of processes "
+        "wrote it, on a CPU and holding one copy.",
+    )
+    convert.add_argument("checkpoint", help="or the folder of a run: its newest one")
+    convert.add_argument("folder", help="of the model, in Hugging Face's layout")
+    convert.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.model (that of the run's model)"
+    )
     plan = commands.add_parser(
         "plan",
         help="say what training a model takes: memory, days, energy, carbon",
@@ -196,6 +207,7 @@ def run_command(arguments: list[str]) -> None:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "tour": run_tour,
         "generate": run_generate,
+        "convert": run_convert,
         "chat": run_chat,
         "plan": run_plan,
     }
@@ -212,9 +224,11 @@ def run_command(arguments: list[str]) -> None:
         run_training(name, arguments[1:])
         return
     try:
-        parsed = parser.parse_args(arguments or ["--help"])
+        parsed, rest = parser.parse_known_args(arguments or ["--help"])
     except SystemExit:  # help was printed
         return
+    if rest:
+        raise ValueError(f"what is {rest[0]!r}? See llama2-lite {name} --help")
     commands[parsed.command](parsed)
 
 
@@ -262,6 +276,14 @@ def run_tour(options: argparse.Namespace) -> None:
         from llama2_lite.runtime.alignment import finish_tour
 
         finish_tour(options.folder, options.seed, options.config)
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Make a model folder of a checkpoint."""
+    from llama2_lite.runtime.convert import convert
+
+    found = convert(options.checkpoint, options.folder, options.tokenizer)
+    print(f"{options.folder} holds the model of {found}")
 
 
 def run_generate(options: argparse.Namespace) -> None:

@@ -23,6 +23,12 @@ Stopped at any moment, the same command continues.
   --seed N                 of the weights and the order of the data (0)
   --force                  start anew in a folder that is used
   --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
+  --trainer.devices N      processes, one for each device; --trainer.num_nodes of hosts
+  --layout.shard N         processes that share one copy of the model (0: all)
+  --layout.tensor N        processes that share each matrix product (1)
+  --layout.checkpoint_activations true   less memory, a third more work
+  --layout.compile true    compiled blocks
+  --device_batch N         windows a process takes at a time; gradients accumulate
   --stop_within SECONDS    after Ctrl-C or SIGTERM: time to finish a step and save (25)
   --print_config           all keys with their values; =comments explains them
 """,
@@ -126,6 +132,12 @@ Stopped at any moment, the same command continues.
   --seed N                 of what is held out and the order of the data (0)
   --force                  start anew in a folder that is used
   --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
+  --trainer.devices N      processes, one for each device; --trainer.num_nodes of hosts
+  --layout.shard N         processes that share one copy of the model (0: all)
+  --layout.tensor N        processes that share each matrix product (1)
+  --layout.checkpoint_activations true   less memory, a third more work
+  --layout.compile true    compiled blocks
+  --device_batch N         windows a process takes at a time; gradients accumulate
   --stop_within SECONDS    after Ctrl-C or SIGTERM: time to finish a step and save (25)
   --print_config           all keys with their values; =comments explains them
 """
