@@ -55,7 +55,13 @@ class Stopped(Exception):
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Saves and loads Lightning's checkpoints as folders without pickle."""
+    """Saves and loads Lightning's checkpoints as folders without pickle.
+
+    Attributes:
+        module: what checkpoints are loaded into, if they have to be of this model.
+    """
+
+    module: LightningModule | None = None
 
     def save_checkpoint(
         self,
@@ -105,8 +111,11 @@ class SafeCheckpointIO(CheckpointIO):
             raise ValueError(f"{path} is not a folder; pickles are not opened here")
         if damage := in_first(lambda: find_damage(path)):
             raise ValueError(f"the checkpoint {path} {damage}")
+        state = json.loads((path / STATE).read_text("utf-8"))
+        if self.module is not None:
+            check_model(path, state, self.module)
         tensors = read_tensors(path, place or (lambda name, shape: None))
-        return decode_state(json.loads((path / STATE).read_text("utf-8")), tensors)
+        return decode_state(state, tensors)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete it; killed halfway, what is left does not count as complete."""
@@ -116,6 +125,37 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 Place = Callable[[str, torch.Size], Tensor | None]
+
+
+def check_model(path: Path, state: dict[str, Any], module: LightningModule) -> None:
+    """Make sure that a checkpoint is of a model.
+
+    Args:
+        state: of the checkpoint, with the names of its tensors.
+
+    Raises:
+        ValueError: if not; it names the first tensor that differs.
+    """
+    known = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    sizes = {
+        name: tuple(tensor.size)
+        for name, tensor in known.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    stored = {
+        name: sizes[value["$tensor"]]
+        for name, value in state.get("state_dict", {}).items()
+    }
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in sorted({**stored, **wanted}):
+        found, needed = stored.get(name), wanted.get(name)
+        if found != needed:
+            had = f"has {name} of shape {found}" if found else f"has no {name}"
+            needs = f"needs shape {needed}" if needed else "has none of that name"
+            raise ValueError(
+                f"the checkpoint {path} is of another model: it {had}, and this model "
+                f"{needs}. Move it away, or choose another --output"
+            )
 
 
 def describe_model(model: Any) -> dict[str, Any]:
@@ -302,6 +342,8 @@ def find_damage(path: Path) -> str | None:
         files = json.loads((path / COMPLETE).read_text("utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return "is not complete"
+    if STATE not in files:
+        return f"lacks {STATE}"
     for name, expected in files.items():
         file = path / name
         if not file.is_file():

@@ -263,6 +263,8 @@ def fit(
     for logger in trainer.loggers:
         if isinstance(logger, CsvLog) and trainer.is_global_zero:
             logger.resume(step)
+    if isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO):
+        trainer.strategy.checkpoint_io.module = module
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to Ctrl-C before the first step
