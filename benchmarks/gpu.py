@@ -215,7 +215,10 @@ def ppo(size: str, batch: int, minibatch: int, new: int) -> dict[str, Any]:
     texts = [document.text for document in build_town().documents(3000)]
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", 512)
     config = LlamaConfig.preset(size, vocab_size=tokenizer.vocab_size)
-    Llama(config).bfloat16().save_pretrained(folder / "chat", tokenizer)
+    model = Llama(config)
+    # so that an answer ends after some dozens of tokens, whatever they are
+    model.output.weight.data[tokenizer.eos_id] += 2 / config.dim**0.5
+    model.bfloat16().save_pretrained(folder / "chat", tokenizer)
     prompts = [[{"role": "user", "content": text[:40]}] for text in texts]
 
     def reward(prompts: Any, answers: list[str]) -> torch.Tensor:
