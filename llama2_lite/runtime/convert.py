@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.reward import RewardModel
@@ -19,7 +18,7 @@ from llama2_lite.runtime.checkpoints import (
     read_tensors,
     write_tensors,
 )
-from llama2_lite.runtime.processes import in_first, is_first
+from llama2_lite.runtime.processes import in_first, is_divided, is_first
 from llama2_lite.tokenizer import Tokenizer
 
 KINDS: dict[str, Any] = {"Llama": Llama, "RewardModel": RewardModel}
@@ -56,7 +55,7 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
     All processes of the layout call this: each writes its part, and the first puts
     them together, from disk.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not is_divided(model):
         if is_first():
             _replace(model, folder, tokenizer)
         return

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -11,6 +13,11 @@ T = TypeVar("T")
 def is_first() -> bool:
     """Whether this is the first of the processes, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether each process has only a part of the parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def in_first(action: Callable[[], T]) -> T:

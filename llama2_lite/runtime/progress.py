@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from llama2_lite.generation import generate
+from llama2_lite.runtime.processes import is_divided
 from llama2_lite.tokenizer import Tokenizer
 
 
@@ -115,6 +116,8 @@ def describe(trainer: Trainer) -> str:
 class Samples(Callback):
     """Prints what the model writes, after each validation, one prompt after another.
 
+    A model that is divided among processes is not asked.
+
     Args:
         tokenizer: of the model; a function, as it may not be there yet.
         prompts: what the model continues.
@@ -136,8 +139,8 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print a sample."""
-        is_alone = trainer.world_size == 1  # a divided model would need all of them
-        if trainer.state.fn == "fit" and is_alone and self.prompts:
+        is_due = trainer.state.fn == "fit" and trainer.is_global_zero
+        if is_due and self.prompts and not is_divided(module):
             step = trainer.global_step
             turn = step // int(trainer.val_check_batch or 1)
             prompt = self.prompts[turn % len(self.prompts)]

@@ -52,8 +52,10 @@ def prepare_process() -> None:
     keep_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(physical_cores())
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed.tensor"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # nobody changes in place what a module returns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* view tensor")
     # Lightning's hints on loaders and loggers do not apply to ours.
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
