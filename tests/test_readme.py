@@ -83,3 +83,12 @@ def test_the_picture_is_the_one_that_chapter_01_draws():
     drawn = ["".join(part["image/png"]) for part in data if "image/png" in part]
     shown = (ROOT / "book" / "_static" / "road.png").read_bytes()
     assert shown in [b64decode(image) for image in drawn]
+
+
+PLAN = ".venv/bin/llama2-lite plan --model 70b --gpus 2048 --gpu a100-80gb --tp 8"
+
+
+def test_a_larger_model_is_planned(capsys):
+    assert PLAN in (ROOT / "README.md").read_text()
+    assert run(PLAN) == 0
+    assert "fits" in capsys.readouterr().out
