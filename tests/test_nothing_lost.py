@@ -177,3 +177,117 @@ def test_a_full_disk(
         for file in path.glob("*.safetensors"):
             load_file(file)
     assert kills.outcome(tmp_path / "done") == kills.outcome(whole[name])
+
+
+@pytest.fixture
+def fails(capfd):
+    """Run a command that must fail, and return its sentence."""
+
+    def run(arguments: list[str]) -> str:
+        capfd.readouterr()
+        assert main(arguments) == 2
+        lines = [line for line in capfd.readouterr().err.splitlines() if line]
+        assert [line for line in lines if "rror" in line] == lines[-1:]
+        return lines[-1].removeprefix("error: ")
+
+    return run
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+OTHER = {
+    "wider": ["--model.config.dim=64"],
+    "deeper": ["--model.config.n_layers=3"],
+    "shallower": ["--model.config.n_layers=1"],
+}
+
+
+@pytest.mark.parametrize("layout", [[], ["--layout.shard=1"]])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("wider", "has model.layers.0.attention.wk.weight of shape (64, 64)"),
+        ("deeper", "has model.layers.2.attention.wk.weight of shape (32, 32)"),
+        ("shallower", "has no model.layers.1.attention.wk.weight"),
+        ("sft", "has model.output.weight of shape (320, 32), and this model needs"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pretrain"])
+def test_a_checkpoint_of_another_model_is_refused(
+    world: Path,
+    whole: dict[str, Path],
+    run: Path,
+    tmp_path: Path,
+    fails,
+    other: str,
+    words: str,
+    layout: list[str],
+) -> None:
+    source = whole.get(other, tmp_path / other)
+    if other in OTHER:
+        short = [*OTHER[other], "--trainer.max_steps=2"]
+        assert main([*kills.arguments(world, "pretrain", source), *short]) == 0
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(source / "checkpoints", run / "checkpoints")
+    before = read_all(run / "checkpoints")
+    sentence = fails([*kills.arguments(world, "pretrain", run), *layout])
+    assert str(run / "checkpoints" / "step-000000") in sentence
+    assert f"is of another model: it {words}" in sentence
+    assert read_all(run / "checkpoints") == before
+    assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_a_tokenizer_of_another_size_is_refused(
+    world: Path, whole: dict[str, Path], tmp_path: Path, fails, name: str
+) -> None:
+    start = shutil.copytree(world / "start", tmp_path / "start")
+    shutil.copy(whole["pretrain"] / "model" / "tokenizer.model", start)
+    arguments = kills.arguments(world, name, tmp_path / "run")
+    sentence = fails([*arguments, f"--start={start}"])
+    assert sentence == f"{start}: the tokenizer has 300 pieces, but the model 320"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_empty_folder_is_a_beginning(
+    world: Path, whole: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".run.json.1").write_text('{"mod')  # a kill cut it short
+    assert main(kills.arguments(world, name, folder)) == 0
+    assert kills.outcome(folder) == kills.outcome(whole[name])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--config=3b"], ["'3b'", "110m, 13b, 15m, 1b, 34b, 70b, 7b"]),
+        (["--trainer.devices=3"], ["4 windows / 3", "a batch of 3 would do"]),
+        (
+            ["--trainer.devices=3", "--layout.tensor=3"],
+            ["layout.tensor = 3 does not divide n_heads = 2"],
+        ),
+        (
+            ["--trainer.devices=3", "--layout.tensor=2"],
+            ["3 processes", "groups of layout.tensor = 2"],
+        ),
+        (
+            ["--trainer.devices=2", "--layout.shard=3"],
+            ["2 groups", "layout.shard = 3 does not divide"],
+        ),
+        (["--trainer.devices=many"], ["devices"]),
+        (["--stop_within=0"], ["stop_within", "0"]),
+    ],
+)
+def test_processes_that_do_not_fit(
+    world: Path, tmp_path: Path, fails, more: list[str], words: list[str]
+) -> None:
+    arguments = kills.arguments(world, "pretrain", tmp_path / "run")
+    sentence = fails([*arguments, *more])
+    assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "run").exists()

@@ -127,9 +127,11 @@ class TrainingCommand(LightningCLI):
         parts["plugins"] += as_list(given.pop("plugins", []))
         layout, batch = self.config_init.layout, config.device_batch
         sizes = self.model.config
-        return Trainer(
-            **divide({**parts, **given}, layout, sizes, self.batches(), batch)
-        )
+        parts |= given
+        try:
+            return Trainer(**divide(parts, layout, sizes, self.batches(), batch))
+        except TypeError as error:
+            raise ValueError(f"trainer: {error}") from None
 
     def batches(self) -> list[tuple[int, int]]:
         """Sequence length and windows of a batch over all processes, for each kind."""
@@ -240,9 +242,12 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
         )
     if found is not None and found != wanted and has_progress and not force:
         keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        what = f"with {keys[0]} = {found.get(keys[0])}, not {wanted.get(keys[0])}"
+        if keys[0].startswith("source."):
+            what = "on other files, or on files that have changed since"
         raise FileExistsError(
-            f"{folder} holds a run with {keys[0]} = {found.get(keys[0])}, not "
-            f"{wanted.get(keys[0])}; choose another --output, or --force to start anew"
+            f"{folder} holds a run {what}; choose another --output, or --force to "
+            "start anew"
         )
     if found != wanted:
         for name in OWN:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningDataModule
 
 from llama2_lite.chat import Dialog, encode_dialog
-from llama2_lite.model import read_config
+from llama2_lite.model import LlamaConfig, read_config
 from llama2_lite.ppo import PromptDataModule, PromptDataset
 from llama2_lite.reward import PreferenceDataModule, PreferenceDataset, mix_pairs
 from llama2_lite.runtime.dialogs import (
@@ -22,6 +22,7 @@ from llama2_lite.runtime.dialogs import (
     split_by_prompt,
 )
 from llama2_lite.runtime.documents import file_stamps, matching_files
+from llama2_lite.runtime.talk import check_vocabulary
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Preference
@@ -53,8 +54,10 @@ class FileData(LightningDataModule):
     def open_start(self, start: str, sequence_length: int | None) -> None:
         """Note tokenizer and lengths; called by the constructors."""
         self.start = Path(start)
-        context = read_context(self.start)
+        config = read_start(self.start)
+        context = config.max_seq_len
         self.opened = Tokenizer(self.start / "tokenizer.model")
+        check_vocabulary(self.start, self.opened, config)
         self.sequence_length = sequence_length or context
         if not 1 < self.sequence_length <= context:
             raise ValueError(
@@ -107,8 +110,8 @@ def hash_ends(path: Path, n_bytes: int = 2**20) -> str:
     return hashlib.sha256(ends).hexdigest()[:16]
 
 
-def read_context(folder: Path) -> int:
-    """The longest dialogue, in tokens, of the model in a folder.
+def read_start(folder: Path) -> LlamaConfig:
+    """The sizes of the model in a folder.
 
     Raises:
         FileNotFoundError: if there is no model.
@@ -116,7 +119,7 @@ def read_context(folder: Path) -> int:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no model folder: no config.json in it")
-    return read_config(path).max_seq_len
+    return read_config(path)
 
 
 def check_fraction(fraction: float) -> None:

@@ -40,7 +40,7 @@ from llama2_lite.runtime.file_data import (
     as_patterns,
     check_fraction,
     folder_stamps,
-    read_context,
+    read_start,
     read_tagged_prompts,
 )
 from llama2_lite.runtime.progress import follow, make_console
@@ -80,7 +80,7 @@ class SampledData(FileData, DialogDataModule):
     def open_sampler(self, folder: str) -> None:
         """Note the model that writes."""
         self.sampler = Path(folder)
-        self.sampler_context = read_context(self.sampler)
+        self.sampler_context = read_start(self.sampler).max_seq_len
         if Tokenizer(self.sampler / "tokenizer.model").sha256 != self.opened.sha256:
             raise ValueError(
                 f"{folder} and {self.start} have different tokenizers, so that one "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama2_lite.chat import Dialog, check_dialog, encode_dialog
 from llama2_lite.generation import stream, stream_text
-from llama2_lite.model import Llama
+from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.tokenizer import Tokenizer
 
 HELP = """\
@@ -29,12 +29,21 @@ def open_model(folder: str | Path) -> tuple[Llama, Tokenizer]:
         raise FileNotFoundError(f"there is no folder {folder}")
     model = Llama.from_pretrained(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    if tokenizer.vocab_size != model.config.vocab_size:
+    check_vocabulary(folder, tokenizer, model.config)
+    return model, tokenizer
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, config: LlamaConfig) -> None:
+    """Make sure that the tokenizer in a folder is that of the model.
+
+    Raises:
+        ValueError: if it has another number of pieces.
+    """
+    if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, but the model "
-            f"{model.config.vocab_size}"
+            f"{config.vocab_size}"
         )
-    return model, tokenizer
 
 
 class Conversation:
