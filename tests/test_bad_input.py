@@ -97,10 +97,12 @@ def test_missing_file(tmp_path, fails):
         (["--model.pek_lr=1"], ["'model.pek_lr'", "did you mean model.peak_lr"]),
         (["--model.config.dmi=1"], ["'model.config.dmi'", "model.config.dim"]),
         (["--trainer.max_stepz", "1"], ["'trainer.max_stepz'", "trainer.max_steps"]),
-        (["--model.peak_lr=high"], ["model.peak_lr", "high"]),
+        (["--model.peak_lr=high"], ["model.peak_lr", "a number, but is high"]),
+        (["--model.config.dim=1.5"], ["dim must be a whole number, but is 1.5"]),
         (["--trainer.max_steps=-1"], ["max_steps"]),
         (["--config=nowhere.yaml"], ["nowhere.yaml", "text, tour, town"]),
         (["stray"], ["'stray'"]),
+        (["--seed"], ["--seed lacks its value"]),
         (["--prompts=[ROMEO:]"], ["prompts: [ROMEO:]", "quotes"]),
     ],
 )
@@ -135,7 +137,9 @@ def test_a_damaged_shard_is_named(tmp_path, text, finished, fails):  # noqa: F81
         shard.write_bytes(damage(shard.read_bytes()))
         before = read_all(folder / "checkpoints")
         files = f"--data.files=[{text}]"
-        assert str(shard) in fails("pretrain", f"--output={folder}", files, *SIZES)
+        sentence = fails("pretrain", f"--output={folder}", files, *SIZES)
+        assert str(shard) in sentence
+        assert f"delete {folder / 'corpus'}" in sentence
         assert read_all(folder / "checkpoints") == before
 
 
@@ -247,6 +251,7 @@ def test_pickles_are_never_opened(model_folder, fails):
         (["/nowhere", "1"], ["/nowhere"]),
         (["{model}/..", "1"], ["config.json"]),
         (["{model}"], ["prompt"]),
+        (["{model}", "1", "--top_p=1"], ["--top_p=1", "llama2-lite generate --help"]),
     ],
 )
 def test_bad_generation(finished, fails, arguments, words):

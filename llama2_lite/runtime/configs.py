@@ -85,6 +85,14 @@ def explain(message: str, parser: ArgumentParser) -> str:
     missing = missing or re.search(r'Key "(.*)" is required', message)
     if missing:
         return f"{missing[1]} is missing: give --{missing[1]} or a --config with it"
+    if required := re.search(r"arguments are required: (.*)", message):
+        return f"{required[1]}: give each as a --key, or a --config that has them"
+    if lacking := re.search(r"argument (--[\w.]+)\S*: expected one", message):
+        return f"{lacking[1]} lacks its value"
     if expected := re.search(r'Parser key "(.*)":\s*(.*)', message, re.DOTALL):
+        kind = re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", expected[2])
+        names = {"int": "a whole number", "float": "a number", "list": "a list"}
+        if kind and kind[1] in names:
+            return f"{expected[1]} must be {names[kind[1]]}, but is {kind[2]}"
         return f"{expected[1]}: {expected[2]}"
     return re.sub(r"Call to compute_fn of link .* failed: ", "", message)

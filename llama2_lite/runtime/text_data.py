@@ -102,6 +102,21 @@ class TextDataModule(TokenDataModule):
         modules += ["town"] if self.files is None else ["runtime.documents"]
         artifact(self.folder, "corpus", config, [], modules, self._write)
 
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards; each process has to.
+
+        Raises:
+            ValueError: if one is missing or damaged.
+        """
+        try:
+            super().setup(stage)
+        except (FileNotFoundError, ValueError) as error:
+            if not str(error).startswith("the shard"):
+                raise
+            corpus = self.folder / "corpus"
+            remedy = f"delete {corpus}, and the same command makes it anew"
+            raise ValueError(f"{error}; {remedy}") from None
+
     def _write(self, folder: Path) -> None:
         path = folder / "tokenizer.model"
         if self.given_tokenizer:
