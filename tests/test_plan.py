@@ -130,6 +130,28 @@ def test_configurations_are_read_by_the_command(size, capsys):
     assert printed["device_batch"] >= 1
 
 
+def test_a_batch_is_given_in_tokens(tmp_path):
+    from llama2_lite.runtime.pretrain import Pretrain
+
+    settings = [f"--output={tmp_path}", "--layout.compile=false", "--device_batch=8"]
+    made = Pretrain(["--config=15m", "--batch_tokens=64K", *settings])
+    assert made.datamodule.lengths == [(1.0, 1024, 64)]
+    assert made.trainer.accumulate_grad_batches == 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ("5000", "5,000 tokens / windows of 1,024 = 4.88 windows; 5,120 tokens"),
+        ("lots", "'lots' is not a number such as 500000 or 4M"),
+    ],
+)
+def test_tokens_that_are_no_batch_are_refused(tokens, words, tmp_path, capsys):
+    arguments = ["--config=15m", f"--batch_tokens={tokens}", f"--output={tmp_path}"]
+    assert main(["pretrain", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_configuration_that_is_not_there_names_those_that_are(capsys):
     assert main(["pretrain", "--config", "7c"]) == 2
     err = capsys.readouterr().err

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llama2_lite.model import LlamaConfig
+from llama2_lite.runtime.counts import count_windows, parse_count
 from llama2_lite.scaling import (
     GPUS,
     PUE,
@@ -19,41 +20,8 @@ from llama2_lite.scaling import (
     utilisation,
 )
 
-UNITS = {"K": 1, "M": 2, "B": 3, "G": 3, "T": 4}
 RESERVED = 0.05  # of a GPU's memory, for the driver and for gaps between tensors
 GIB = 2**30
-
-
-def parse_count(text: str, thousand: int) -> int:
-    """A number with K, M, B, G or T behind it, each so many times the one before.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    unit = UNITS.get(text[-1:].upper(), 0)
-    try:
-        number = float(text[:-1] if unit else text) * thousand**unit
-        if number < 1:
-            raise ValueError
-        return round(number)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is not a number such as 500000 or 4M") from None
-
-
-def count_windows(batch: int, sequence: int) -> int:
-    """Windows of a batch of so many tokens.
-
-    Raises:
-        ValueError: if they are not whole.
-    """
-    windows, rest = divmod(batch, sequence)
-    if rest or not windows:
-        near = sequence * max(1, round(batch / sequence))
-        raise ValueError(
-            f"--batch-tokens {batch:,} / --sequence {sequence:,} = "
-            f"{batch / sequence:.2f} windows; {near:,} tokens would do"
-        )
-    return windows
 
 
 def check_options(options: Namespace) -> None:

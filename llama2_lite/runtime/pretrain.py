@@ -10,6 +10,7 @@ from llama2_lite.model import Llama
 from llama2_lite.pretraining import PretrainingModule
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.command import TrainingCommand, as_texts
+from llama2_lite.runtime.counts import count_windows, parse_count
 from llama2_lite.runtime.progress import Samples, write_on
 from llama2_lite.runtime.text_data import TextDataModule, choose_vocab_size
 from llama2_lite.runtime.training import bits_per_character, evaluate_loss
@@ -28,6 +29,8 @@ class Pretrain(TrainingCommand):
         add = parser.add_argument
         add("--prompts", type=str | list[str], default=[""], help="What to continue.")
         add("--sample_tokens", type=int, default=200, help="Length of a sample.")
+        what = "Tokens of a batch, such as 4M (4 x 2^20), in place of its windows."
+        add("--batch_tokens", type=str | None, default=None, help=what)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What follows from something else."""
@@ -39,6 +42,16 @@ class Pretrain(TrainingCommand):
             "model.config.vocab_size",
             compute_fn=choose_vocab_size,
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Choose what the configuration leaves open."""
+        super().before_instantiate_classes()
+        if self.config.batch_tokens is not None:
+            batch = parse_count(self.config.batch_tokens, 1024)
+            self.config.data.lengths = [
+                (share, length, count_windows(batch, length))
+                for share, length, _ in self.config.data.lengths
+            ]
 
     def prompts(self) -> list[str]:
         """What samples continue."""

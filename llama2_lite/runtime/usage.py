@@ -28,6 +28,7 @@ Stopped at any moment, the same command continues.
   --layout.tensor N        processes that share each matrix product (1)
   --layout.checkpoint_activations true   less memory, a third more work
   --layout.compile true    compiled blocks
+  --batch_tokens N         of a batch over all processes, such as 4M, instead of windows
   --device_batch N         windows a process takes at a time; gradients accumulate
   --stop_within SECONDS    after Ctrl-C or SIGTERM: time to finish a step and save (25)
   --print_config           all keys with their values; =comments explains them
