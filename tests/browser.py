@@ -22,7 +22,7 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--remote-debugging-port=0",
     "--remote-allow-origins=*",
-    "--window-size=1400,1000",
+    "--window-size=1300,1000",
 ]
 
 
