@@ -49,6 +49,10 @@ class GhostRecipe:
 
 DIALOGS = "dialogs.json"
 SINGLE = 200  # tokens that a single turn has at most
+MANY = 10  # turns
+TURNS = (1, 2, 4, 6, 10, 20)
+SHORT = ("fact", "sum", "opposite")  # twenty of them fit into the context
+LENGTH = 900  # tokens, if all are well answered
 
 
 def sample_ghosts(
@@ -57,12 +61,14 @@ def sample_ghosts(
     """Dialogues with replies of the model to be trained.
 
     There is nothing to remember in those of one turn; so they have all instructions,
-    also those that are held out, which would be unlearned without them.
+    also those that are held out, which would be unlearned without them. Those of many
+    turns ask what is short, so that the last turns are within the context.
     """
     made: list[GhostDialog] = []
-    tasks, held_out = town.tasks("train"), system_instructions("held_out")
+    held_out = system_instructions("held_out")
     for number, (n_dialogs, n_turns) in enumerate(recipe.dialogs):
         told = system_instructions("train") + (held_out if n_turns == 1 else [])
+        tasks = town.tasks("train", (*SHORT, "unsafe") if n_turns > MANY else None)
         how: dict[str, Any] = {"temperature": recipe.temperature}
         how["seed"] = 10 * seed + number
         with precision():
@@ -110,11 +116,6 @@ def read_ghosts(folder: Path) -> list[GhostDialog]:
     """The dialogues that the stage ``chat`` was trained on."""
     records = json.loads((folder / DIALOGS).read_text("utf-8"))
     return [GhostDialog(*record) for record in records]
-
-
-TURNS = (1, 2, 4, 6, 10, 20)
-SHORT = ("fact", "sum", "opposite")  # twenty of them fit into the context
-LENGTH = 900  # tokens, if all are well answered
 
 
 def adherence(
