@@ -13,6 +13,8 @@ from llama2_lite.chat import Dialog, answer
 from llama2_lite.ghost_attention import GhostAttentionModule
 from llama2_lite.model import Llama
 from llama2_lite.ppo import PPOModule, PPOSettings
+from llama2_lite.pretraining import LayOut, on_one_device
+from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.command import TrainingCommand, as_texts
@@ -205,13 +207,18 @@ class RewardedPPO(PPOModule):
     def on_fit_start(self) -> None:
         """Open the reward models; in a function, they stay out of the checkpoints."""
         super().on_fit_start()
-        self.reward = open_reward(
+        self.reward = self.open_reward(self.lay_out)
+
+    def open_reward(self, lay_out: LayOut[Any] = on_one_device) -> Score:
+        """The reward, from models laid out so."""
+        return open_reward(
             self.helpfulness,
             self.safety,
             self.folder,
-            self.model.config,
+            self.config,
             self.trainer.datamodule.safety_prompts,
             self.device,
+            lay_out,
         )
 
 
@@ -247,12 +254,13 @@ class PPOCommand(AlignmentCommand):
     def finish(self, folder: Path) -> None:
         """Compare the answers of the best model with those before."""
         module, prompts = self.model, self.datamodule.held_out.prompts
+        reward = module.open_reward()  # whole: the other processes have gone
         rewards = []
         for path in (self.config.start, folder / "model"):
             module.model = Llama.from_pretrained(path).to(module.device)
             _, texts, _ = module.sample(prompts, seed=self.config.seed)
             dialogs = [prompt.dialog for prompt in prompts]
-            rewards.append(module.reward(dialogs, texts).cpu())
+            rewards.append(reward(dialogs, texts).cpu())
         before, after = rewards
         figures = self.figures() | {
             "reward_before": before.mean().item(),

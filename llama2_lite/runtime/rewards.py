@@ -2,11 +2,15 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llama2_lite.model import LlamaConfig
+from llama2_lite.model import LlamaConfig, read_config
 from llama2_lite.ppo import combine, model_scores
+from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardModel
 from llama2_lite.tokenizer import Tokenizer
@@ -38,6 +42,26 @@ def check_reward_models(
     return folders
 
 
+def open_frozen(folder: Path, lay_out: LayOut[Any]) -> RewardModel:
+    """A reward model that does not learn, where a layout puts it."""
+    config = read_config(folder / "config.json")
+
+    def fill(model: RewardModel) -> None:
+        head, place = model.head, model.head.weight
+        # a single row cannot be divided evenly, which copying into its parts needs
+        model.head = nn.Linear(config.dim, 1, bias=False, device=place.device)
+        model.load_weights(folder)
+        row = model.head.weight.detach()
+        model.head = head
+        if isinstance(place, DTensor):
+            row = distribute_tensor(row, place.device_mesh, place.placements).to_local()
+        part = place.to_local() if isinstance(place, DTensor) else place
+        part.detach().copy_(row)
+
+    model: RewardModel = lay_out(lambda: RewardModel(config), fill)
+    return model.eval().requires_grad_(False)
+
+
 def open_reward(
     helpfulness: str | None,
     safety: str | None,
@@ -45,6 +69,7 @@ def open_reward(
     policy: LlamaConfig,
     safety_prompts: Collection[str],
     device: torch.device,
+    lay_out: LayOut[Any] = on_one_device,
 ) -> Score:
     """The reward for an answer: of both models, see `llama2_lite.ppo`, or of one.
 
@@ -54,6 +79,7 @@ def open_reward(
         policy: its sizes.
         safety_prompts: what users say in the tagged prompts.
         device: where to compute.
+        lay_out: how the models are divided among processes.
 
     Raises:
         FileNotFoundError, ValueError: see `check_reward_models`; also if a context is
@@ -61,7 +87,7 @@ def open_reward(
     """
     models = []
     for folder in check_reward_models(helpfulness, safety, start):
-        model = RewardModel.from_pretrained(folder).to(device).eval()
+        model = open_frozen(folder, lay_out).to(device)
         if model.config.max_seq_len < policy.max_seq_len:
             raise ValueError(
                 f"the reward model {folder} has a context of "
