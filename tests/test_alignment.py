@@ -23,7 +23,7 @@ def changed(tmp_path, **sections):
 
 def test_the_recipe_is_read(tmp_path):
     recipe = AlignmentRecipe.read()
-    assert recipe.reward.margins in ("none", "small", "large")
+    assert recipe.reward.safety.margins in ("none", "small", "large")
     other = AlignmentRecipe.read(changed(tmp_path, ppo={"settings": {"clip": 0.3}}))
     assert other.ppo.settings.clip == 0.3
     assert other.sft == recipe.sft

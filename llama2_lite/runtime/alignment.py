@@ -109,7 +109,7 @@ class PreferenceRecipe:
 
 @dataclass(frozen=True)
 class RewardRecipe:
-    """Numbers of both reward models, see `RewardModule`."""
+    """Numbers of a reward model, see `RewardModule`."""
 
     margins: str
     safety_weight: float
@@ -117,6 +117,14 @@ class RewardRecipe:
     peak_lr: float
     epochs: float
     batch_size: int
+
+
+@dataclass(frozen=True)
+class RewardRecipes:
+    """Numbers of both reward models."""
+
+    helpfulness: RewardRecipe
+    safety: RewardRecipe
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ class AlignmentRecipe:
 
     sft: SupervisedRecipe
     preferences: PreferenceRecipe
-    reward: RewardRecipe
+    reward: RewardRecipes
     rejection: RejectionRecipe
     ppo: PPORecipe
     chat: GhostRecipe
@@ -333,17 +341,15 @@ class AlignmentStages:
 
     def reward(self, axis: str) -> Artifact:
         """``helpfulness`` or ``safety``: a reward model of what annotators prefer."""
-        sft, pairs, recipe = self.sft(), self.preferences(), self.recipe.reward
-
+        sft, pairs = self.sft(), self.preferences()
+        recipe: RewardRecipe = getattr(self.recipe.reward, axis)
         config = {"axis": axis, **asdict(recipe)}
 
         @self.stage(axis, config, [sft, pairs], "reward")
         def made(folder: Path) -> None:
             own = self.read_pairs(f"train_{axis}")
-            weight = 0.0
             if axis == "safety":
                 own += self.read_pairs("written_safety")
-                weight = recipe.safety_weight
             # both have to know that declining a harmless request helps nobody
             own = mix_pairs(own, self.read_pairs("refusals"), 0.9, self.seed)
             train, held_out = (
@@ -358,7 +364,7 @@ class AlignmentStages:
             )
             data = PreferenceDataModule(train, held_out, recipe.batch_size)
             module = RewardModule(
-                sft.path, recipe.peak_lr, weight, recipe.token_weight
+                sft.path, recipe.peak_lr, recipe.safety_weight, recipe.token_weight
             )
             n_steps = data.count_steps(recipe.epochs)
             self.train(folder, axis, module, data, n_steps)
