@@ -8,7 +8,8 @@ leaves, the last checkpoint with weights and optimizer, the model folder, sample
 and figures, has to be the same, bit for bit, as what a run leaves that nobody killed.
 With `--processes 2` the model is sharded over two of them, one of which is killed; the
 other has to end by itself. With `--signal TERM` or `INT` all are asked to stop instead,
-which has to be exit code 0.
+which has to be exit code 0. With `--torchrun`, it has to start the two processes of each
+run again when one of them is killed.
 
 Processes are forked from one that has imported PyTorch, so that a start costs a second.
 """
@@ -22,6 +23,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +35,7 @@ from llama2_lite.runtime.artifacts import machine_name, write_json
 
 STAGES = ("pretrain", "sft", "reward", "reject", "ppo", "gatt")
 STEPS = 12
+IMPORTS = 8  # seconds that a process needs before it begins
 PATIENCE = 60  # seconds for the processes that are left when one was killed
 PARTS = ("model", "sampled", "result.json")  # what is compared beside checkpoints
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -315,13 +318,64 @@ class Campaign:
         self.check_exits(started)
         self.compare(starts)
 
-    def run(self, kills: int) -> dict[str, Any]:
+    def kill_under_torchrun(self, kills: int) -> None:
+        """Runs of torchrun, of each of which one process is killed."""
+        while kills:
+            self.output = self.folder / f"{self.stage}-{len(self.starts)}"
+            self.began, self.left_over = time.time() - 0.01, {}
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *(f"--nproc-per-node={self.processes}", "--max-restarts=20"),
+                *(f"--master-port={free_port()}", "-m", "llama2_lite.runtime.cli"),
+                *arguments(self.world, self.stage, self.output),
+            ]
+            log = self.output.with_suffix(".log")
+            with log.open("wb") as file:
+                agent = subprocess.Popen(command, stdout=file, stderr=file)
+            self.wait_for_torchrun(agent)
+            workers = children(agent.pid)
+            if workers:
+                os.kill(self.random.choice(workers), signal.SIGKILL)
+                phase = self.phase()
+                self.hit[phase] = self.hit.get(phase, 0) + 1
+                kills -= 1
+            since = time.perf_counter()
+            if agent.wait():
+                text = log.read_text("utf-8", "replace")
+                raise SystemExit(f"torchrun ended with {agent.returncode}:\n{text}")
+            self.slowest = max(self.slowest, time.perf_counter() - since)
+            self.compare(2 if workers else 1)
+
+    def wait_for_torchrun(self, agent: "subprocess.Popen[bytes]") -> None:
+        """Wait for the moment of the kill, or the end of the run."""
+        while len(children(agent.pid)) < self.processes:
+            time.sleep(0.01)
+        aims = self.random.random() < 0.5
+        until = time.time() + self.random.uniform(0, IMPORTS + self.seconds)
+        skipped = self.random.randrange(STEPS // 2)
+        while agent.poll() is None:
+            if not aims and time.time() > until:
+                return
+            if aims and self._saving():
+                if not skipped:
+                    time.sleep(self.random.uniform(0, self.save_seconds))
+                    return
+                skipped -= 1
+                while self._saving() and agent.poll() is None:
+                    time.sleep(0.0005)
+            time.sleep(0.0005)
+
+    def run(self, kills: int, torchrun: bool = False) -> dict[str, Any]:
         """Do it all; what happened as a dictionary."""
         self.expected, since = self.undisturbed(), time.time()
-        self.kill_after_each_step()
-        after_steps = sum(self.hit.values())
-        self.hit.clear()
-        self.kill_at_random(kills)
+        after_steps = 0
+        if torchrun:
+            self.kill_under_torchrun(kills)
+        else:
+            self.kill_after_each_step()
+            after_steps = sum(self.hit.values())
+            self.hit.clear()
+            self.kill_at_random(kills)
         return {
             "killed after a step": after_steps,
             "killed at random": dict(sorted(self.hit.items())),
@@ -336,14 +390,27 @@ class Campaign:
         }
 
 
-def as_torchrun_does(processes: int) -> list[dict[str, str]]:
-    """Environments for the processes of one run."""
+def free_port() -> int:
+    """A port that nobody listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def children(number: int) -> list[int]:
+    """The processes that a process has started."""
+    command = ["ps", "-A", "-o", "pid=,ppid="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pairs = (map(int, line.split()) for line in lines.splitlines())
+    return [child for child, parent in pairs if parent == number]
+
+
+def as_torchrun_does(processes: int) -> list[dict[str, str]]:
+    """Environments for the processes of one run."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": "0",
@@ -412,14 +479,24 @@ def main() -> None:
     add("--kills", type=int, default=50, help="of each stage (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
     add("--processes", type=int, default=1, help="of each run (1)")
+    add("--torchrun", action="store_true", help="kill processes of torchrun")
     add("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="(KILL)")
-    add("--output", type=Path, help="JSON file (benchmarks/results/kills-MACHINE.json)")
+    add("--output", type=Path, help="JSON file for what was found")
     options = parser.parse_args()
+    processes = 2 if options.torchrun else options.processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     CONTEXT.set_forkserver_preload(
         ["llama2_lite.runtime.pretrain", "llama2_lite.runtime.align"]
     )
-    found = {}
+    result: dict[str, Any] = {
+        "machine": machine_name(),
+        "signal": options.signal,
+        "processes": processes,
+        "torchrun": options.torchrun,
+        "seed": options.seed,
+        "stages": {},
+    }
+    found = result["stages"]
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
         world.mkdir()
@@ -431,16 +508,15 @@ def main() -> None:
         for stage in options.stage or STAGES:
             number = signal.Signals[f"SIG{options.signal}"]
             place, seed = Path(folder), options.seed
-            campaign = Campaign(world, place, stage, seed, number, options.processes)
-            found[stage] = campaign.run(options.kills)
+            campaign = Campaign(world, place, stage, seed, number, processes)
+            found[stage] = campaign.run(options.kills, options.torchrun)
             print(stage, json.dumps(found[stage]), flush=True)
-    result = {"machine": machine_name(), "seed": options.seed}
-    result |= {"signal": options.signal, "processes": options.processes}
-    result["stages"] = found
-    if options.output:
-        write_json(options.output, result)
+            if options.output:
+                write_json(options.output, result)
     if any(figures["different"] for figures in found.values()):
         raise SystemExit("not every run came to the same result")
+    if any(figures["processes left waiting"] for figures in found.values()):
+        raise SystemExit("processes waited for one that was killed")
 
 
 if __name__ == "__main__":
