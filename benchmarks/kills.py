@@ -8,7 +8,7 @@ leaves, the last checkpoint with weights and optimizer, the model folder, sample
 and figures, has to be the same, bit for bit, as what a run leaves that nobody killed.
 With `--processes 2` the model is sharded over two of them, one of which is killed; the
 other has to end by itself. With `--signal TERM` or `INT` all are asked to stop instead,
-which has to be exit code 0. With `--torchrun`, it has to start the two processes of each
+which has to be exit code 0. With `--torchrun` that has to start the two processes of a
 run again when one of them is killed.
 
 Processes are forked from one that has imported PyTorch, so that a start costs a second.
@@ -326,7 +326,12 @@ class Campaign:
             command = [
                 *(sys.executable, "-m", "torch.distributed.run"),
                 *(f"--nproc-per-node={self.processes}", "--max-restarts=20"),
-                *(f"--master-port={free_port()}", "-m", "llama2_lite.runtime.cli"),
+                *(
+                    f"--master-port={free_port()}",
+                    "-m",
+                    "--",
+                    "llama2_lite.runtime.cli",
+                ),
                 *arguments(self.world, self.stage, self.output),
             ]
             log = self.output.with_suffix(".log")
@@ -348,7 +353,7 @@ class Campaign:
 
     def wait_for_torchrun(self, agent: "subprocess.Popen[bytes]") -> None:
         """Wait for the moment of the kill, or the end of the run."""
-        while len(children(agent.pid)) < self.processes:
+        while agent.poll() is None and len(children(agent.pid)) < self.processes:
             time.sleep(0.01)
         aims = self.random.random() < 0.5
         until = time.time() + self.random.uniform(0, IMPORTS + self.seconds)
