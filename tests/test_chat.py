@@ -15,6 +15,7 @@ from llama2_lite.chat import (
     encode_dialog,
     pack,
     separate_samples,
+    weigh_part,
 )
 from llama2_lite.generation import generate
 from llama2_lite.model import Llama, LlamaConfig
@@ -253,6 +254,14 @@ def test_the_loader_goes_on_where_it_was(dataset):
     for _ in range(15):  # into the next epochs
         ours, theirs = next(batches), next(again)
         assert all(map(torch.equal, ours[:3], theirs[:3]))
+
+
+def test_parts_weigh_what_they_have_to_learn():
+    counts = [3, 1, 0, 4, 8, 0]
+    weights = [weigh_part(counts, part, 3) for part in range(3)]
+    assert weights == [3 * 4 / 16, 3 * 4 / 16, 3 * 8 / 16]
+    assert weigh_part(counts, 0, 1) == 1.0
+    assert weigh_part([0, 0], 1, 2) == 1.0
 
 
 def test_nothing_to_learn_is_refused():

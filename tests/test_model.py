@@ -140,21 +140,37 @@ def test_size_of_first_weights():
         assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
 
 
+def test_each_matrix_depends_on_the_seed_and_its_name_alone():
+    deep, shallow = (LlamaConfig(16, n, 2, 2, 40, hidden_dim=24) for n in (8, 2))
+    one, other = Llama(deep), Llama(shallow)
+    state = torch.random.get_rng_state()
+    one.init_weights(seed=1)
+    other.init_weights(seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing drawn from it
+    for name in ("layers.1.attention.wq.weight", "output.weight"):
+        assert torch.equal(one.get_parameter(name), other.get_parameter(name)), name
+    first, second = (one.layers[i].attention.wq.weight for i in (0, 1))
+    assert not torch.equal(first, second)
+    before = second.detach().clone()
+    one.init_weights(seed=2)
+    assert not torch.equal(second, before)
+    torch.manual_seed(3)
+    drawn, next_drawn = Llama(shallow), Llama(shallow)
+    torch.manual_seed(3)
+    assert_same_weights(Llama(shallow), drawn)
+    assert not torch.equal(next_drawn.output.weight, drawn.output.weight)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_built_without_memory_then_filled(tie):
     config = LlamaConfig.preset("town-small", tie_embeddings=tie)
-    torch.manual_seed(3)
     expected = Llama(config)
     with torch.device("meta"):
         model = Llama(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
-    torch.manual_seed(3)
-    for _ in Llama(config).parameters():  # building draws PyTorch's own weights first
-        pass
-    torch.manual_seed(4)
-    model.init_weights()
-    torch.manual_seed(4)
-    expected.init_weights()
+    model.init_weights(seed=4)
+    expected.init_weights(seed=4)
     assert_same_weights(model, expected)
     assert (model.output.weight is model.tok_embeddings.weight) == tie
     tokens = torch.arange(9)[None]

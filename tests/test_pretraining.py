@@ -289,20 +289,23 @@ def test_the_model_is_laid_out_by_the_function_given(shards: Path) -> None:
 
 
 def batches(loader: MixedLengthLoader, n: int) -> list[Tensor]:
-    return [batch for batch, _ in zip(loader, range(n), strict=False)]
+    return [batch for _, batch in zip(range(n), loader, strict=False)]
 
 
-def make_loader(shards: Path, rank: int = 0, world_size: int = 1) -> MixedLengthLoader:
+def make_loader(
+    shards: Path, rank: int = 0, world_size: int = 1, n_parts: int = 1
+) -> MixedLengthLoader:
     datasets = [TokenDataset(shards / "train", n, seed=3) for n in (16, 64)]
-    return MixedLengthLoader(datasets, [0.75, 0.25], [8, 2], rank, world_size)
+    place = (rank, world_size, n_parts)
+    return MixedLengthLoader(datasets, [0.75, 0.25], [8, 4], *place)
 
 
 def test_lengths_are_mixed_evenly(shards: Path) -> None:
     seen = batches(make_loader(shards), 40)
     for start in range(0, 40, 4):
         shapes = sorted(tuple(batch.shape) for batch in seen[start : start + 4])
-        assert shapes == [(2, 65)] + [(8, 17)] * 3
-    for length, size in ((16, 8), (64, 2)):
+        assert shapes == [(4, 65)] + [(8, 17)] * 3
+    for length, size in ((16, 8), (64, 4)):
         mine = [batch for batch in seen if batch.shape[1] == length + 1]
         dataset = TokenDataset(shards / "train", length, seed=3)
         for step, batch in enumerate(mine):
@@ -314,6 +317,26 @@ def test_processes_share_what_one_would_see(shards: Path) -> None:
     shared = [batches(make_loader(shards, rank, 2), 8) for rank in (0, 1)]
     for whole, *parts in zip(alone, *shared, strict=True):
         assert torch.equal(whole, torch.cat(parts))
+
+
+def test_parts_of_all_processes_are_the_batch_and_others_go_on(shards: Path) -> None:
+    alone = batches(make_loader(shards), 8)
+    loaders = [make_loader(shards, rank, 2, n_parts=2) for rank in (0, 1)]
+    first, second = (batches(loader, 8) for loader in loaders)
+    for step in range(4):
+        places = slice(2 * step, 2 * step + 2)
+        parts = [*first[places], *second[places]]
+        assert torch.equal(torch.cat(parts), alone[step])
+    four = [make_loader(shards, rank, 4) for rank in range(4)]
+    for loader in four:
+        loader.load_state_dict(loaders[0].state_dict())
+    for step, parts in enumerate(zip(*(batches(x, 4) for x in four), strict=True), 4):
+        assert torch.equal(torch.cat(parts), alone[step])
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch of 4 .* 2 processes x 4 parts .* = 8"):
+        make_loader(shards, world_size=2, n_parts=4)
 
 
 @settings(deadline=None, max_examples=20)
@@ -334,7 +357,7 @@ def test_a_loader_refuses_the_position_of_another(shards: Path) -> None:
     state = make_loader(shards).state_dict()
     datasets = [TokenDataset(shards / "train", n, seed=4) for n in (16, 64)]
     with pytest.raises(ValueError, match="seed = 3, not 4"):
-        MixedLengthLoader(datasets, [0.75, 0.25], [8, 2]).load_state_dict(state)
+        MixedLengthLoader(datasets, [0.75, 0.25], [8, 4]).load_state_dict(state)
     datasets = [TokenDataset(shards / "train", n, seed=3) for n in (16, 32)]
     with pytest.raises(ValueError, match="lengths"):
         MixedLengthLoader(datasets, [0.75, 0.25], [8, 2]).load_state_dict(state)
