@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 from lightning import Trainer
 
 from llama2_lite.ghost_attention import (
@@ -69,9 +68,7 @@ class Shaped(GhostDataset):
         self.shape = shape
 
     def _tree(self, position: int) -> Tree:
-        epoch, place = divmod(position, len(self))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-        turns = self.dialogs[order[place]]
+        turns, *_ = self._turns(position)
         tree = grow_tree(turns, [False] * len(turns))
         end = 0
         for turn in turns if self.shape == "all learned" else []:
