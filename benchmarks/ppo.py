@@ -20,7 +20,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -49,6 +49,7 @@ from llama2_lite.ppo import (
     Prompt,
     PromptDataModule,
     PromptDataset,
+    rollout_copy,
 )
 from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.runtime.artifacts import machine_name, write_json
@@ -63,11 +64,18 @@ class FixedLength(PPOModule):
     """Answers of equal length: EOS is a token like any other."""
 
     def sample(
-        self, prompts: list[Prompt], seed: int
+        self, prompts: list[Prompt], seed: int, rows: Sequence[int] | None = None
     ) -> tuple[list[list[int]], list[str], Tensor]:
         """As `PPOModule.sample`, but none ends early, and all count as ended."""
         ids = [prompt.ids for prompt in prompts]
-        drawn = generate(self.model, ids, max_new_tokens=ANSWER, seed=seed)
+        with torch.autocast(self.device.type, enabled=False):
+            drawn = generate(
+                rollout_copy(self.model),
+                ids,
+                max_new_tokens=ANSWER,
+                seed=seed,
+                rows=rows,
+            )
         texts = [" ".join(map(str, row)) for row in drawn.ids]
         return drawn.ids, texts, torch.ones(len(ids), dtype=torch.bool)
 
