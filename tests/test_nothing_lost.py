@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_training import in_process
 
 from llama2_lite.runtime.cli import main
+from llama2_lite.runtime.start import START_SECONDS
 
 path = Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py"
 spec = importlib.util.spec_from_file_location("kills", path)
@@ -291,3 +292,20 @@ def test_processes_that_do_not_fit(
     sentence = fails([*arguments, *more])
     assert all(word in sentence for word in words), sentence
     assert not (tmp_path / "run").exists()
+
+
+def come_alone(arguments: list[str], log: Path, rank: int) -> None:
+    environment = {**kills.as_torchrun_does(2)[rank], START_SECONDS: "1"}
+    kills.run_command([*arguments, "--trainer.devices=2"], log, environment)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_never_come_gives_up(
+    world: Path, tmp_path: Path, rank: int
+) -> None:
+    arguments, log = kills.arguments(world, "sft", tmp_path / "run"), tmp_path / "log"
+    assert in_process(come_alone, arguments, log, rank) == 2
+    sentence = log.read_text().splitlines()[-1]
+    assert sentence.startswith(
+        "error: 1 seconds after the start not all 2 processes have met at 127.0.0.1; "
+    )
