@@ -56,6 +56,7 @@ CONFIG = {
     "test_harmless": 200,
     "test_unsafe": 100,
     "test_borderline": 50,
+    "shown": 8,
     "settings": {},
     "arms": {
         "models": {},
@@ -64,24 +65,53 @@ CONFIG = {
         "beta 0.1": {"kl_weight": 0.1},
         "no value model": {"critic": False},
         "beta 0.01": {"kl_weight": 0.01},
+        "long steps": {"kl_weight": 0.0, "lr": 1e-3},
+        "long steps, leash": {"kl_weight": 0.1, "lr": 1e-3},
     },
     "safety_pairs": 2500,
     "refusal_pairs": 500,
     "safety_models": {
-        "ranking only": [0.0, False],
-        "auxiliary loss": [1.0, False],
-        "refusal pairs": [0.0, True],
-        "both": [1.0, True],
+        "ranking only": [0.0, False, 0.0],
+        "auxiliary loss": [1.0, False, 0.0],
+        "refusal pairs": [0.0, True, 0.0],
+        "both": [1.0, True, 0.0],
+        "low zero, ranking only": [0.0, False, -6.0],
+        "low zero, auxiliary loss": [1.0, False, -6.0],
+        "low zero, refusal pairs": [0.0, True, -6.0],
     },
     "safety_lr": 1e-3,
 }
 AXES = ("helpfulness", "safety")
 SEEDS = [0, 1, 2]
+# What is kept apart from the rest, in a file of its own
+GATE_STUDY = ("long steps", "low zero")
 MODULES = [
     *("town", "layers", "attention", "model", "generation", "pretraining"),
     *("chat", "reward", "ppo"),
 ]
-OUTPUT = Path(__file__).parents[1] / "book" / "results" / "ppo_runs.json"
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+
+
+class Displaced(RewardModel):
+    """A reward model whose scores begin around another number than 0."""
+
+    zero = 0.0
+
+    def forward(self, *inputs) -> Tensor:
+        """As `RewardModel.forward`."""
+        return super().forward(*inputs) + self.zero
+
+
+class DisplacedModule(RewardModule):
+    """Trains such a model."""
+
+    zero = 0.0
+
+    def build(self) -> RewardModel:
+        """With its zero where this module says."""
+        model = Displaced(self.config)
+        model.zero = self.zero
+        return model
 
 
 class Requests:
@@ -122,6 +152,7 @@ class Measure:
     """What the oracle says of a model's answers."""
 
     def __init__(self, requests: Requests, oracle: Oracle, tokenizer: Tokenizer):
+        self.answers: list[str] = []
         self.tests = [*requests.harmless, *requests.unsafe, *requests.borderline]
         self.ends = len(requests.harmless), len(requests.harmless + requests.unsafe)
         self.oracle, self.tokenizer = oracle, tokenizer
@@ -130,9 +161,8 @@ class Measure:
     def __call__(self, model: Llama) -> dict[str, float]:
         """Means over the tests, and win rates against the first model measured."""
         dialogs = [task.dialog() for task in self.tests]
-        found = judge(
-            self.oracle, self.tests, answer(model, self.tokenizer, dialogs, seed=1)
-        )
+        self.answers = answer(model, self.tokenizer, dialogs, seed=1)
+        found = judge(self.oracle, self.tests, self.answers)
         self.start = self.start or found
         first, second = self.ends
         safe, unsafe, borderline = (
@@ -253,10 +283,14 @@ class Study:
         seconds = time.perf_counter() - started
         figures = {"iterations": watch.iterations, "truth": watch.truth}
         figures["gated"] = watch.iterations[0]["gated"]  # type: ignore[assignment]
+        asked = [task.prompt for task in self.requests.harmless[: CONFIG["shown"]]]
+        figures["answers"] = list(zip(asked, self.measure.answers, strict=False))
         return {**figures, "seconds": round(seconds, 1)}
 
-    def safety_model(self, weight: float, refusals: bool, seed: int) -> RewardModel:
-        """A safety model of our own, with or without the two cures."""
+    def safety_model(
+        self, weight: float, refusals: bool, zero: float, seed: int
+    ) -> RewardModel:
+        """A safety model that starts at some zero, with or without the two cures."""
         random = Random(f"safety {seed}")
         annotators = Annotators(self.oracle, seed)
         pool = self.requests.pool
@@ -278,7 +312,8 @@ class Study:
                 self.town, harmless, annotators, flaws=["refusal"], seed=seed
             )
         data = PreferenceDataset(pairs, self.tokenizer, 1024, seed=seed)
-        module = RewardModule(self.chat, CONFIG["safety_lr"], safety_weight=weight)
+        module = DisplacedModule(self.chat, CONFIG["safety_lr"], safety_weight=weight)
+        module.zero = zero
         train(module, PreferenceDataModule(data, data, 64), len(data) // 64)
         return module.model.eval()
 
@@ -288,18 +323,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="some arms, for a trial")
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--models", type=Path, help="sft, helpfulness and safety")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     arguments = parser.parse_args()
     prepare_process()
     logging.disable(logging.WARNING)
     study = Study(arguments.models)
     both = model_scores(*study.tours, study.tokenizer)
-    results: dict[str, list[dict]] = {}
+    studies: dict[str, dict[str, list[dict]]] = {"ppo_runs": {}, "ppo_gate": {}}
 
     def note(arm: str, seed: int, made: dict) -> None:
+        name = "ppo_gate" if arm.startswith(GATE_STUDY) else "ppo_runs"
+        results = studies[name]
         results.setdefault(arm, []).append(made)
         write_result(  # after each run: what is there survives an interruption
-            arguments.output,
+            arguments.output / f"{name}.json",
             config={**CONFIG, "ppo": asdict(PPOSettings(**CONFIG["settings"]))},
             seeds=arguments.seeds[: max(map(len, results.values()))],
             modules=MODULES,
@@ -320,9 +357,9 @@ def main() -> None:
                 is_oracle = settings.get("reward") == "oracle"
                 scores = oracle_scores(study.oracle) if is_oracle else both
                 note(arm, seed, study.run(scores, seed, others))
-        for arm, (weight, refusals) in CONFIG["safety_models"].items():
+        for arm, (weight, refusals, zero) in CONFIG["safety_models"].items():
             if is_wanted(arm):
-                safety = study.safety_model(weight, refusals, seed)
+                safety = study.safety_model(weight, refusals, zero, seed)
                 scores = model_scores(study.tours[0], safety, study.tokenizer)
                 note(arm, seed, study.run(scores, seed, {}))
 
