@@ -51,6 +51,11 @@ def by_four(folder: Path) -> dict[str, Any]:
     }
     saved, again = {"run": folder / "four"}, {"resume": folder / "four/step-00000006"}
     cases["pretraining saved"] = ("pretraining", Layout(tensor=2), saved)
+    cases["pretraining both"] = (
+        "pretraining",
+        Layout(shard=2),
+        {"run": folder / "both"},
+    )
     cases["pretraining resumed"] = ("pretraining", Layout(tensor=2), again)
     cases["sft in parts"] = ("sft", Layout(), {"accumulate_grad_batches": 2})
     return run_cases(4, folder, cases)
@@ -63,12 +68,15 @@ def alone(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_two(folder: Path, by_four: Any, alone: Any) -> dict[str, Any]:
-    fours, one = (folder / run / "step-00000006" for run in ("four", "pretraining"))
+    fours, both, one = (
+        folder / run / "step-00000006" for run in ("four", "both", "pretraining")
+    )
     compiled = Layout(checkpoint_activations=True, compile=True)
     parts = {"resume": fours, "accumulate_grad_batches": 2}
     cases = {
         "from four": ("pretraining", Layout(), {"resume": fours}),
         "from four in parts": ("pretraining", Layout(tensor=2), parts),
+        "from copies": ("pretraining", Layout(), {"resume": both}),
         "from one": ("pretraining", Layout(shard=1), {"resume": one}),
         "compiled": ("pretraining", compiled, {}),
     }
@@ -102,7 +110,9 @@ def test_resumed_is_never_interrupted(by_four):
         assert torch.equal(resumed[name], tensor), name
 
 
-@pytest.mark.parametrize("case", ["from four", "from four in parts", "from one"])
+@pytest.mark.parametrize(
+    "case", ["from four", "from four in parts", "from copies", "from one"]
+)
 def test_a_run_goes_on_in_another_layout(case, by_two, alone):
     assert_same(by_two[case], last_losses(alone["pretraining"]))
 

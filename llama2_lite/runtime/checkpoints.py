@@ -510,6 +510,6 @@ class Checkpoints(Checkpoint):
         self.random_states = checkpoint["random"]
         n_parts = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        more = n_parts - progress["current"]["ready"]
+        more = n_parts - progress["total"]["ready"]
         for counts in (progress["total"], progress["current"]):
             counts |= {name: count + more for name, count in counts.items()}

@@ -59,7 +59,7 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:
         if is_first():
             _replace(model, folder, tokenizer)
         return
-    beside = folder.with_name(f".{folder.name}.parts")
+    beside = folder.with_name(f".{folder.name}.parts.partial")
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def begin() -> None:
