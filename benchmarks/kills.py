@@ -131,11 +131,16 @@ def run_command(arguments: list[str], log: Path, rank: dict[str, str]) -> None:
     os.environ.update(rank)
     from llama2_lite.runtime.cli import main
 
-    log.touch()  # from now on, `Campaign.start` returns
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    ready(log, rank).touch()  # now it listens to signals, or will within microseconds
     sys.exit(main(arguments))
+
+
+def ready(log: Path, rank: dict[str, str]) -> Path:
+    """The file that a process touches when it has begun."""
+    return log.with_suffix(f".{rank.get('RANK', 0)}.ready")
 
 
 class Campaign:
@@ -184,9 +189,11 @@ class Campaign:
         ]
         for process in started:
             process.start()
-        while (_stamp(log) or 0) < self.began * 1e9 and started[0].is_alive():
-            time.sleep(0.001)
-        time.sleep(0.02)  # the command is being called and listens to signals
+        for rank, process in zip(ranks, started, strict=True):
+            file = ready(log, rank)
+            while (_stamp(file) or 0) < self.began * 1e9 and process.is_alive():
+                time.sleep(0.001)
+        time.sleep(0.02)
         return started
 
     def _partial(self) -> list[Path]:
@@ -370,17 +377,14 @@ class Campaign:
                     time.sleep(0.0005)
             time.sleep(0.0005)
 
-    def run(self, kills: int, torchrun: bool = False) -> dict[str, Any]:
+    def run(self, kills: int, torchrun: bool, steps: bool) -> dict[str, Any]:
         """Do it all; what happened as a dictionary."""
         self.expected, since = self.undisturbed(), time.time()
-        after_steps = 0
-        if torchrun:
-            self.kill_under_torchrun(kills)
-        else:
+        if steps and not torchrun:
             self.kill_after_each_step()
-            after_steps = sum(self.hit.values())
-            self.hit.clear()
-            self.kill_at_random(kills)
+        after_steps = sum(self.hit.values())
+        self.hit.clear()
+        (self.kill_under_torchrun if torchrun else self.kill_at_random)(kills)
         return {
             "killed after a step": after_steps,
             "killed at random": dict(sorted(self.hit.items())),
@@ -485,6 +489,8 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
     add("--processes", type=int, default=1, help="of each run (1)")
     add("--torchrun", action="store_true", help="kill processes of torchrun")
+    steps = argparse.BooleanOptionalAction
+    add("--steps", action=steps, default=True, help="kill after each step too")
     add("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="(KILL)")
     add("--output", type=Path, help="JSON file for what was found")
     options = parser.parse_args()
@@ -514,7 +520,7 @@ def main() -> None:
             number = signal.Signals[f"SIG{options.signal}"]
             place, seed = Path(folder), options.seed
             campaign = Campaign(world, place, stage, seed, number, processes)
-            found[stage] = campaign.run(options.kills, options.torchrun)
+            found[stage] = campaign.run(options.kills, options.torchrun, options.steps)
             print(stage, json.dumps(found[stage]), flush=True)
             if options.output:
                 write_json(options.output, result)

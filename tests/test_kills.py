@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CAMPAIGN = Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py"
+TWO = ["--processes=2"]
 STAGES = {"pretrain", "sft", "reward", "reject", "ppo", "gatt"}
 
 
@@ -38,13 +39,14 @@ def test_a_signal_is_obeyed_at_any_time(tmp_path: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    found = campaign(tmp_path, "--kills=2", "--processes=2", "--stage=ppo")
+    found = campaign(tmp_path, "--kills=2", "--no-steps", *TWO, "--stage=ppo")
     assert found["ppo"]["processes left waiting"] == 0
 
 
 def test_all_processes_obey_a_signal(tmp_path: Path) -> None:
-    stop = ["--signal=INT", "--processes=2", "--stage=pretrain"]
-    campaign(tmp_path, "--kills=2", *stop)
+    stop = ["--signal=INT", "--no-steps", "--stage=pretrain"]
+    found = campaign(tmp_path, "--kills=3", *TWO, *stop)
+    assert found["pretrain"]["slowest end in seconds"] < 25
 
 
 def test_torchrun_starts_killed_processes_again(tmp_path: Path) -> None:
