@@ -111,8 +111,8 @@ def arguments(world: Path, stage: str, output: Path) -> list[str]:
         "ppo": [
             *(f"--model.{reward}" for reward in rewards),
             *("--data.validation_prompts=8", "--data.batch_size=8"),
-            *("--model.settings.minibatch_size=4", "--model.settings.lr=0.01"),
-            "--model.settings.max_new_tokens=12",
+            *("--model.settings.minibatch_size=4", "--model.settings.lr=0.001"),
+            "--model.settings.max_new_tokens=24",
         ],
         "gatt": [
             *(f"--data.instructions={world}/told.jsonl", "--data.batch_size=4"),
