@@ -428,15 +428,14 @@ def answered(prompt: Sequence[Any], text: str) -> Dialog:
 
 
 class PairBatch(NamedTuple):
-    """B pairs of N different dialogues.
+    """B pairs as 2B rows: the chosen answers, then the rejected ones.
 
     Attributes:
-        tokens: prompts with answers, (N, T), padded behind.
-        lengths: (N,).
-        starts: where the answers begin, (N,).
-        sides: the rows of the B chosen answers, then those of the rejected ones, (2B,).
+        tokens: prompts with answers, (2B, T), padded behind.
+        lengths: (2B,).
+        starts: where the answers begin, (2B,).
         margins: (B,).
-        is_safe: of the sides, 1, 0 or -1 for unknown, (2B,).
+        is_safe: 1, 0 or -1 for unknown, (2B,).
         weight: of the safety loss of this part of a step's batch, see
             `llama2_lite.chat.weigh_part`.
     """
@@ -444,19 +443,13 @@ class PairBatch(NamedTuple):
     tokens: Tensor
     lengths: Tensor
     starts: Tensor
-    sides: Tensor
     margins: Tensor
     is_safe: Tensor
     weight: float = 1.0
 
 
-Row = tuple[tuple[int, ...], int]  # tokens, and where the answer begins
-
-
 class PreferenceDataset:
     """Pairs as tokens, in a new order in each epoch.
-
-    Pairs of one prompt stay together.
 
     Args:
         pairs: what annotators preferred; without a level the margin is 0, without a
@@ -490,8 +483,8 @@ class PreferenceDataset:
         by_level = {None: 0.0, **choose_named(margins, "margin", MARGINS)}
         self.margins = [by_level[pair.level] for pair in pairs]
         self.is_safe = [safety_of_pair(pair) for pair in pairs]
-        self.rows: list[list[Row]] = []
-        of_prompt: dict[tuple[int, ...], list[int]] = {}
+        self.rows: list[list[list[int]]] = []
+        self.starts: list[int] = []  # of the answers, the same for both
         for number, pair in enumerate(pairs):
             if pair.chosen.strip() == pair.rejected.strip():
                 raise ValueError(f"pair {number}: both answers are the same")
@@ -499,11 +492,9 @@ class PreferenceDataset:
                 encode_answered(dialog, tokenizer, sequence_length, f"pair {number}")
                 for dialog in dialogs_of(pair)
             ]
-            start = examples[0].loss_mask.index(True)
-            self.rows.append([(tuple(ids), start) for ids, _ in examples])
-            of_prompt.setdefault(tuple(examples[0].ids[:start]), []).append(number)
-        self._groups = list(of_prompt.values())
-        self.n_tokens = sum(len(ids) for pair in self.rows for ids, _ in pair)
+            self.rows.append([example.ids for example in examples])
+            self.starts.append(examples[0].loss_mask.index(True))
+        self.n_tokens = sum(len(row) for pair in self.rows for row in pair)
 
     def __len__(self) -> int:
         """Pairs in an epoch."""
@@ -511,14 +502,12 @@ class PreferenceDataset:
 
     def pairs(self, numbers: Sequence[int]) -> PairBatch:
         """Some of the pairs, by their numbers, as a batch."""
-        sides = [self.rows[i][side] for side in (0, 1) for i in numbers]
-        places = {row: place for place, row in enumerate(dict.fromkeys(sides))}
+        sides = [(i, side) for side in (0, 1) for i in numbers]
         return PairBatch(
-            *pad_rows([ids for ids, _ in places]),
-            starts=torch.tensor([start for _, start in places]),
-            sides=torch.tensor([places[row] for row in sides]),
+            *pad_rows([self.rows[i][side] for i, side in sides]),
+            starts=torch.tensor([self.starts[i] for i, _ in sides]),
             margins=torch.tensor([self.margins[i] for i in numbers]),
-            is_safe=torch.tensor([self.is_safe[i][s] for s in (0, 1) for i in numbers]),
+            is_safe=torch.tensor([self.is_safe[i][side] for i, side in sides]),
         )
 
     def batch(
@@ -538,9 +527,8 @@ class PreferenceDataset:
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            random = np.random.default_rng([self.seed, epoch])
-            groups = [self._groups[i] for i in random.permutation(len(self._groups))]
-            self._orders = {epoch: [number for group in groups for number in group]}
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            self._orders = {epoch: order.tolist()}
         return self._orders[epoch]
 
 
@@ -646,7 +634,7 @@ class RewardModule(PretrainingModule):
     def _losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The loss, and which pairs are ranked as annotators did, (B,)."""
         read = self.model.score_rows(batch.tokens, batch.lengths, batch.starts)
-        scores, means = read[batch.sides].unbind(1)  # (2B,) each
+        scores, means = read.unbind(1)  # (2B,) each
         chosen, rejected = scores.chunk(2)
         loss = ranking_loss(chosen, rejected, batch.margins)
         if self.token_weight:

@@ -387,32 +387,12 @@ def test_batches_hold_pairs_side_by_side(
     assert len(data) == len(pairs)
     batch = data.pairs([5, 2])
     expected = [dialogs_of(pairs[i])[side] for side in (0, 1) for i in (5, 2)]
-    for side, dialog in zip(batch.sides, expected, strict=True):
-        row, length = batch.tokens[side], batch.lengths[side]
+    for row, length, dialog in zip(batch.tokens, batch.lengths, expected, strict=True):
         assert row[:length].tolist() == encode_dialog(dialog, tokenizer).ids
         assert row[length:].abs().sum() == 0
     margins = [MARGINS["large"][pairs[i].level] for i in (5, 2)]
     assert batch.margins.tolist() == margins
     assert batch.is_safe.tolist() == [UNKNOWN] * 4
-
-
-def test_pairs_of_one_prompt_stay_together_and_share_rows(
-    tokenizer: Tokenizer,
-) -> None:
-    pairs = [
-        Preference(prompt(f"What is {i}?"), *answers)
-        for answers in (("Good.", "Bad."), ("Good.", "Worse."), ("Bad.", "Worse."))
-        for i in range(7)
-    ]
-    data = PreferenceDataset(pairs, tokenizer, 64, seed=2)
-    seen = []
-    for step in range(14):  # two epochs
-        batch = data.batch(step, 3)
-        assert len(batch.tokens) == 3
-        assert sorted(batch.sides.tolist()) == [0, 0, 1, 1, 2, 2]
-        seen.append(tuple(map(tuple, batch.tokens.tolist())))
-    assert len(set(seen[:7])) == 7
-    assert seen[:7] != seen[7:]
 
 
 def test_safety_bins_become_labels(tokenizer: Tokenizer) -> None:
@@ -436,8 +416,8 @@ def test_an_epoch_shows_each_pair_once_whatever_the_processes(
         for step in steps:
             for rank in range(world_size):
                 batch = data.batch(step, size, rank, world_size)
-                for side in batch.sides:
-                    rows.append(batch.tokens[side, : batch.lengths[side]].tolist())
+                for row, length in zip(batch.tokens, batch.lengths, strict=True):
+                    rows.append(row[:length].tolist())
         return rows
 
     everything = sorted(shown(range(3), 4, 1))
