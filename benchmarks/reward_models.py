@@ -1,10 +1,10 @@
 """Reward models of the town, in all variants: `python benchmarks/reward_models.py`.
 
-Three seeds of each: the helpfulness model with three margins and two mixes of data;
-the safety model with and without the auxiliary loss, harmless requests and refusal
-pairs; one model for both; and judges that are no reward models. Then three model sizes
-on growing shares of the data. Chapter 13 shows the figures. A seed stands for a random
-70% of the pairs and their order.
+Three seeds of each: the helpfulness model with three margins, two mixes of data, and
+the loss of every token; the safety model with and without the auxiliary loss, harmless
+requests and refusal pairs; one model for both; and judges that are no reward models.
+Then three model sizes on growing shares of the data. Chapter 13 shows the figures. A
+seed stands for a random 70% of the pairs and their order.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def train(
     seed: int,
     margins: str = "none",
     weight: float = 0.0,
-    token_weight: float = 1.0,
+    token_weight: float = 0.0,
 ) -> RewardModel:
     """One reward model."""
     data = PreferenceDataset(pairs, tokenizer, 512, margins=margins, seed=seed)
@@ -398,6 +398,7 @@ def variants(
         for margins in ("none", "small", "large")
     }
     found["helpfulness, equal parts"] = (mixed, "none", 0.0)
+    found["helpfulness, every token"] = (helpful, "small", 0.0)  # beside margin small
     with_helpful = mix_pairs(safety, helpful, 0.9, seed)
     with_refusals = mix_pairs(adversarial, pairs.refusals, 0.9, seed)
     for name, weight in (("ranking", 0.0), ("auxiliary", 1.0)):
@@ -431,7 +432,8 @@ def study_models(
     note("A or B, asked", partial(judge_pairs, chat, tokenizer))
     for seed in seeds:
         for name, (some, margins, weight) in variants(town, pairs, seed).items():
-            model = train(start, tokenizer, some, seed, margins, weight)
+            by_token = float(name == "helpfulness, every token")
+            model = train(start, tokenizer, some, seed, margins, weight, by_token)
             score = partial(score_pairs, model, tokenizer)
             with autocast():
                 closed = as_gate(model, tokenizer, gate)
