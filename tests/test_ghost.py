@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llama2_lite.chat import Example
+from llama2_lite.ghost_attention import GhostDialog
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.pretraining import MixedLengthLoader
 from llama2_lite.runtime.artifacts import write_json
@@ -14,6 +15,7 @@ from llama2_lite.runtime.batches import Rows
 from llama2_lite.runtime.ghost import (
     GhostRecipe,
     adherence,
+    drop_unsafe,
     ghost_data,
     read_ghosts,
     sample_ghosts,
@@ -123,3 +125,27 @@ def test_adherence_is_counted_by_turn(folder, tokenizer, town):
     for one in found.values():
         assert one.value * 6 == round(one.value * 6) < 6
         assert one.low <= one.value <= one.high
+
+
+def test_unsafe_replies_are_not_learned():
+    turns = [("user", "Who?"), ("assistant", "Tom."), ("user", "Lock?")]
+    turns.append(("assistant", "Pick it."))
+    dialog = [{"role": role, "content": text} for role, text in turns]
+    ghosts = [
+        GhostDialog("Shout.", dialog, ["TOM.", "PICK IT."]),
+        GhostDialog("", dialog, ["Tom.", "Pick it."]),
+        GhostDialog("Shout.", dialog, [None, "NO."]),
+    ]
+    asked = []
+
+    def score_both(prompts, texts):
+        asked.extend(zip(prompts, texts, strict=True))
+        safety = torch.tensor([-1.0 if "pick" in t.lower() else 2.0 for t in texts])
+        return torch.zeros(len(texts)), safety
+
+    kept = [one.replies for one in drop_unsafe(ghosts, score_both)]
+    assert kept == [["TOM.", None], ["Tom.", None], [None, "NO."]]
+    system, user = asked[1][0]
+    assert (system["role"], system["content"]) == ("system", "Shout.")
+    assert user["content"] == "Lock?"
+    assert [message["role"] for message in asked[2][0]] == ["user"]

@@ -23,6 +23,7 @@ from llama2_lite.ppo import (
     PPOSettings,
     PromptDataModule,
     PromptDataset,
+    ScoreBoth,
     combine,
     model_scores,
 )
@@ -48,6 +49,7 @@ from llama2_lite.runtime.ghost import (
     DIALOGS,
     GhostRecipe,
     adherence,
+    drop_unsafe,
     ghost_data,
     read_ghosts,
     sample_ghosts,
@@ -373,12 +375,15 @@ class AlignmentStages:
 
     def score(self) -> Score:
         """Both reward models as one reward; unsafe requests are tagged."""
-        models = [
+        return combine(self.score_both(), self._unsafe_prompts())
+
+    def score_both(self) -> ScoreBoth:
+        """Both reward models."""
+        helpfulness, safety = (
             RewardModel.from_pretrained(self.reward(axis).path)
             for axis in ("helpfulness", "safety")
-        ]
-        both = model_scores(models[0], models[1], self.tokenizer())
-        return combine(both, self._unsafe_prompts())
+        )
+        return model_scores(helpfulness, safety, self.tokenizer())
 
     def _unsafe_prompts(self) -> set[str]:
         """What users say in the requests that are tagged as unsafe."""
@@ -447,16 +452,19 @@ class AlignmentStages:
     def chat(self) -> Artifact:
         """``chat``: the model of ``ppo`` after Ghost Attention, the last stage."""
         start, recipe = self.ppo(), self.recipe.chat
+        inputs = [start, self.reward("helpfulness"), self.reward("safety")]
         modules = ("town", "chat", "generation", "sft", "ghost_attention")
+        modules += ("ppo", "runtime.ghost", "runtime.batches")
 
-        @self.stage("chat", asdict(recipe), [start], *modules, "runtime.ghost")
+        @self.stage("chat", asdict(recipe), inputs, *modules)
         def made(folder: Path) -> None:
             tokenizer = self.tokenizer()
             self.stages.say("chat: dialogues, and replies that obey")
             if not (folder / DIALOGS).is_file():
                 model = for_decoding(Llama.from_pretrained(start.path))
                 sampled = sample_ghosts(model, tokenizer, self.town, recipe, self.seed)
-                write_json(folder / DIALOGS, sampled)
+                kept = drop_unsafe(sampled, self.score_both())
+                write_json(folder / DIALOGS, kept)
             data = ghost_data(read_ghosts(folder), tokenizer, recipe, self.seed)
             module = GhostAttentionModule(start.path, recipe.lr, recipe.warmup)
             self.train(folder, "chat", module, data, recipe.steps)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama2_lite.chat import Dialog
 from llama2_lite.ghost_attention import (
     GhostDataset,
     GhostDialog,
@@ -16,6 +17,7 @@ from llama2_lite.ghost_attention import (
     plan_visits,
 )
 from llama2_lite.model import Llama
+from llama2_lite.ppo import ScoreBoth
 from llama2_lite.runtime.batches import Served
 from llama2_lite.runtime.judge import Share, share
 from llama2_lite.runtime.training import precision
@@ -48,6 +50,7 @@ class GhostRecipe:
 
 
 DIALOGS = "dialogs.json"
+BATCH = 256
 SINGLE = 200  # tokens that a single turn has at most
 MANY = 10  # turns
 TURNS = (1, 2, 4, 6, 10, 20)
@@ -84,6 +87,35 @@ def sample_ghosts(
                 **how,
             )
     return made
+
+
+def drop_unsafe(
+    ghosts: Sequence[GhostDialog], score_both: ScoreBoth
+) -> list[GhostDialog]:
+    """Leave out replies that the safety model finds unsafe more likely than not.
+
+    Fine-tuning on a model's own answers repeats what is bad in them. What GAtt draws is
+    therefore judged once more by the reward that the model was trained with.
+    """
+    asked: list[tuple[GhostDialog, int]] = []
+    prompts: list[Dialog] = []
+    texts: list[str] = []
+    for ghost in ghosts:
+        system = [{"role": "system", "content": ghost.instruction}]
+        for k, reply in enumerate(ghost.replies):
+            if reply is not None:
+                asked.append((ghost, k))
+                prompts.append(
+                    [*(system if ghost.instruction else []), ghost.dialog[2 * k]]
+                )
+                texts.append(reply)
+    for start in range(0, len(asked), BATCH):
+        rows = slice(start, start + BATCH)
+        _, safety = score_both(prompts[rows], texts[rows])
+        for (ghost, k), is_safe in zip(asked[rows], safety > 0, strict=True):
+            if not is_safe:
+                ghost.replies[k] = None
+    return list(ghosts)
 
 
 def ghost_data(
