@@ -26,15 +26,21 @@ def campaign(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_kills_of_every_stage(tmp_path: Path) -> None:
-    found = campaign(tmp_path, "--kills=3")
+    found = campaign(tmp_path, "--kills=3", "--no-steps")
     assert found.keys() == STAGES
     for figures in found.values():
         assert sum(figures["killed at random"].values()) == 3
+
+
+def test_kills_after_each_step_and_so_at_each_end_of_an_epoch(tmp_path: Path) -> None:
+    found = campaign(tmp_path, "--kills=1", "--stage=pretrain", "--stage=ppo")
+    for figures in found.values():
         assert figures["killed after a step"] > 3
 
 
 def test_a_signal_is_obeyed_at_any_time(tmp_path: Path) -> None:
-    found = campaign(tmp_path, "--kills=2", "--signal=TERM", "--stage=reject")
+    stop = ["--signal=TERM", "--no-steps", "--stage=reject"]
+    found = campaign(tmp_path, "--kills=3", *stop)
     assert found["reject"]["slowest end in seconds"] < 25
 
 
