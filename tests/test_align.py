@@ -15,6 +15,7 @@ from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.reward import RewardModel
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.dialogs import read_dialogs
+from llama2_lite.runtime.file_data import PreferenceFiles
 from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 
@@ -127,9 +128,23 @@ def test_a_run_leaves_a_model_and_figures(
     assert weights(folder) not in (before, name != "sft" and weights(finished["sft"]))
 
 
+def test_pairs_that_are_reported_on_chose_nothing(world: Path) -> None:
+    data = PreferenceFiles(str(world / "start"), str(world / "pairs.jsonl"), seed=3)
+    reported = {pair.prompt[-1]["content"] for pair in data.held_out_pairs}
+    rows = [ids for pair in data.held_out.rows for ids in pair]
+    texts = [data.opened.decode(ids) for ids in rows]
+    assert reported
+    assert texts
+    assert not any(
+        f"[INST] {prompt} [/INST]" in t for prompt in reported for t in texts
+    )
+
+
 def test_what_was_learned_is_measured(finished: dict[str, Path], capsys) -> None:
     figures = json.loads((finished["reward"] / "result.json").read_text())
-    assert figures["pairs"] + figures["held_out"] == len(RECORDS)
+    parts = [figures[part] for part in ("pairs", "validation", "held_out")]
+    assert sum(parts) == len(RECORDS)
+    assert parts[1] == parts[2] > 0
     assert 0.9 <= figures["accuracy"] <= 1  # "It is" against "No" is easy
     figures = json.loads((finished["sft"] / "result.json").read_text())
     assert figures["validation_loss"] < 2.5  # log 320 is 5.8
@@ -492,6 +507,7 @@ def test_real_instructions_train_sft_and_a_helpfulness_model(
     )
     assert figures["dropped"] == 6
     assert figures["held_out"] > 80
+    assert figures["validation"] > 80
     assert figures["accuracy"] > 0.55
 
 
@@ -501,7 +517,8 @@ def test_real_transcripts_train_a_safety_model(
     file = shared_data / "hh_harmless_1500.jsonl.gz"
     more = ["--data.axis=safety", "--trainer.max_steps=6"]
     figures = train_real("reward", real_start, file, tmp_path / "safety", *more)
-    assert figures["pairs"] + figures["held_out"] + figures["dropped"] == 1500
+    held_out = figures["held_out"] + figures["validation"]
+    assert figures["pairs"] + held_out + figures["dropped"] == 1500
     assert figures["pairs"] > 900
     assert figures["validation_loss"] < 0.8  # log 2 is 0.69
     assert 0.3 < figures["accuracy"] < 0.8  # these few steps teach next to nothing

@@ -66,8 +66,10 @@ Train a reward model on preference pairs, from a chat model.
   --data.epochs X          how often each pair is learned (1)
   --data.batch_size N      pairs of a batch
   --data.sequence_length N of a dialogue; the model's context if left out
-  --data.validation_fraction X     of the prompts, held out (0.1)
+  --data.validation_fraction X     of the prompts, to choose the best step by; and as
+                           many to report on (0.1)
   --model.safety_weight X  of the auxiliary safety loss, where safety is known (0)
+  --model.token_weight X   of the ranking loss over all tokens of the answers (0)
   --model.peak_lr X        and weight_decay, clip_norm
 """,
     "reject": """\
