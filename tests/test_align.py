@@ -317,7 +317,7 @@ def test_bad_settings(
 
 def test_what_is_required_is_named(fails) -> None:
     assert "start is missing" in fails("sft", "--data.files=a.jsonl")
-    assert "required: data.files" in fails("sft", "--start=/nowhere")
+    assert "data.files: give each" in fails("sft", "--start=/nowhere")
     assert "did you mean reward" in fails("rewrd", "--start=/nowhere")
 
 
