@@ -453,8 +453,10 @@ class AlignmentStages:
         """``chat``: the model of ``ppo`` after Ghost Attention, the last stage."""
         start, recipe = self.ppo(), self.recipe.chat
         inputs = [start, self.reward("helpfulness"), self.reward("safety")]
-        modules = ("town", "chat", "generation", "sft", "ghost_attention")
-        modules += ("ppo", "runtime.ghost", "runtime.batches")
+        modules = (
+            *("town", "chat", "generation", "sft", "ghost_attention", "ppo"),
+            *("runtime.ghost", "runtime.batches"),
+        )
 
         @self.stage("chat", asdict(recipe), inputs, *modules)
         def made(folder: Path) -> None:
