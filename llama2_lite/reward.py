@@ -638,7 +638,7 @@ class RewardModule(PretrainingModule):
         chosen, rejected = scores.chunk(2)
         loss = ranking_loss(chosen, rejected, batch.margins)
         if self.token_weight:
-            by_token = ranking_loss(*means.chunk(2), batch.margins)
+            by_token = ranking_loss(*means.chunk(2), batch.margins)  # type: ignore
             loss = loss + self.token_weight * by_token
         if self.safety_weight:
             weight = self.safety_weight * batch.weight
