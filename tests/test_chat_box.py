@@ -73,7 +73,7 @@ def test_a_browser_sees_the_answer_grow(folder):
 from IPython.display import display
 from llama2_lite.runtime.chat_box import ChatBox
 from llama2_lite.runtime.talk import Conversation, open_model
-box = ChatBox(Conversation(*open_model({str(folder)!r}), max_new_tokens=6, seed=2))
+box = ChatBox(Conversation(*open_model({str(folder)!r}), max_new_tokens=12, seed=4))
 display(box.view)
 print(box.text.model_id, box.said.model_id, box.send.model_id)
 """
@@ -102,8 +102,8 @@ print(box.text.model_id, box.said.model_id, box.send.model_id)
     assert "Who?" in shown[0]
     for shorter, longer in pairwise(shown):
         assert longer.startswith(shorter.removesuffix("</p>").rstrip())
-    conversation = Conversation(*open_model(folder), max_new_tokens=6, seed=2)
-    assert "".join(conversation.reply("Who?")).strip()[:5] in shown[-1]
+    conversation = Conversation(*open_model(folder), max_new_tokens=12, seed=4)
+    assert "".join(conversation.reply("Who?")).strip()[:4] in shown[-1]
 
 
 def follow(client, said: str, send: str) -> list[str]:
