@@ -53,8 +53,9 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "tour": [{"small": True}],
 }
 TINY_TOUR = (
-    "documents: 3000\nvalidation_documents: 200\nvocab_size: 320\nmodel: town-small\n"
+    "documents: 3000\nvalidation_documents: 200\nvocab_size: 400\nmodel: town-small\n"
     "max_steps: 4\nwarmup: 2\nlengths: [[1.0, 64, 4]]\nvalidate_every: 4\n"
+    "peak_lr: 1.0e-3\ncheckpoint_every: 4\n"
 )
 
 
