@@ -69,6 +69,11 @@ def test_the_tour_can_be_asked(monkeypatch, capsys):
     ask = '.venv/bin/llama2-lite generate runs/tour/base "Question: What is 3 + 4?"'
     assert run(ask) == 0
     assert "Question: What is 3 + 4?" in capsys.readouterr().out
+    if not Path("runs/tour/chat").exists():
+        pytest.skip("`make tour` has made the base model only")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 3 + 4?\n/quit\n"))
+    assert run(".venv/bin/llama2-lite chat runs/tour/chat") == 0
+    assert "3 + 4" in capsys.readouterr().out
 
 
 def test_help_lists_the_settings(capsys):
