@@ -282,5 +282,7 @@ def test_bad_recipes(tmp_path, fails):
     assert "'max_stepz'" in sentence
     path.write_text("max_steps: 3")
     sentence = fails("tour", f"--folder={tmp_path}/t", f"--config={path}")
-    assert "required: documents, validation_documents" in sentence
+    assert (
+        "documents, validation_documents, vocab_size" in sentence and "give" in sentence
+    )
     assert not (tmp_path / "t").exists()

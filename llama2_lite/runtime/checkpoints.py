@@ -424,7 +424,10 @@ class Checkpoints(Checkpoint):
         self._listen(trainer)
         if self._asked_to_stop(trainer):
             raise Stopped(f"stopped at step {self.step}")
-        if self.random_states is not None:
+        if self.random_states is None:
+            # a run that finds its data sampled has drawn less than one that samples
+            torch.manual_seed(torch.initial_seed())
+        else:
             random.setstate(self.random_states["python"])
             np.random.set_state(self.random_states["numpy"])  # noqa: NPY002
             torch.set_rng_state(self.random_states["torch"])
