@@ -282,7 +282,5 @@ def test_bad_recipes(tmp_path, fails):
     assert "'max_stepz'" in sentence
     path.write_text("max_steps: 3")
     sentence = fails("tour", f"--folder={tmp_path}/t", f"--config={path}")
-    assert (
-        "documents, validation_documents, vocab_size" in sentence and "give" in sentence
-    )
+    assert "documents, validation_documents, vocab_size" in sentence
     assert not (tmp_path / "t").exists()
