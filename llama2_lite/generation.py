@@ -122,6 +122,9 @@ class Decoder:
         prompts: ids, of any lengths.
         n_new: how many tokens will follow at most.
         compiled: compile the step; worth it for many thousand steps.
+
+    Raises:
+        ValueError: if the model gives NaN.
     """
 
     def __init__(
@@ -151,6 +154,11 @@ class Decoder:
             mask = (mask | itself)[:, None]  # (B, 1, T, T)
         hidden = model(tokens, positions, mask, self.caches, return_hidden=True)
         self.logits = model.output(hidden[:, -1])  # (B, V)
+        if self.logits.isnan().any():
+            raise ValueError(
+                "the model gives NaN instead of numbers, so its weights are broken; "
+                "take an earlier checkpoint or train it again"
+            )
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token for each row, (B,); ``logits`` are then those after it."""

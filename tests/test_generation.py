@@ -1,5 +1,6 @@
 """Choosing tokens: the rules, the noise, batches, the stream and the errors."""
 
+import copy
 import math
 
 import pytest
@@ -400,6 +401,14 @@ def test_what_makes_no_sense_is_refused(model, prompts, settings, message):
     if len(prompts) == 1:
         with pytest.raises(ValueError, match=message):
             next(stream(model, prompts[0], **settings))
+
+
+def test_broken_weights_are_named(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="gives NaN instead of numbers"):
+        generate(broken, [[1, 2]], max_new_tokens=3)
 
 
 def test_row_numbers_must_fit(model):
