@@ -46,7 +46,7 @@ def make_world(folder: Path) -> None:
     import torch
 
     from llama2_lite.model import Llama, LlamaConfig
-    from llama2_lite.reward import RewardModel
+    from llama2_lite.reward import RewardConfig, RewardModel
     from llama2_lite.tokenizer import train_tokenizer
 
     records = [
@@ -76,7 +76,7 @@ def make_world(folder: Path) -> None:
     config = LlamaConfig(32, 2, 2, 2, 320, 64, max_seq_len=64)
     Llama(config).save_pretrained(folder / "start", tokenizer)
     for name in ("helpful", "safe"):
-        reward = RewardModel(config)
+        reward = RewardModel(RewardConfig(**vars(config)))
         torch.nn.init.normal_(reward.head.weight)
         reward.save_pretrained(folder / name, tokenizer)
 

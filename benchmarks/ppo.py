@@ -131,7 +131,8 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, fixed: bool):
                 text = f"[INST] {prompt[-1]['content']} [/INST] {answer} "
                 ids = tokenizer.encode(text, bos=True, eos=True)
             rows.append(ids)
-        return model(*pad_rows(rows))
+        starts = torch.ones(len(rows), dtype=torch.long)  # only for likelihoods
+        return model(*pad_rows(rows), starts)[:, 0]
 
     return reward
 

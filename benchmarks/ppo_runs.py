@@ -99,7 +99,7 @@ class Displaced(RewardModel):
 
     def forward(self, *inputs) -> Tensor:
         """As `RewardModel.forward`."""
-        return super().forward(*inputs) + self.zero
+        return super().forward(*inputs) + torch.tensor([self.zero, 0.0])
 
 
 class DisplacedModule(RewardModule):

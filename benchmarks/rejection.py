@@ -71,6 +71,10 @@ CONFIG: dict[str, Any] = {
     "temperatures": [0.4, 0.7, 1.0, 1.3],
     "comparisons": 1200,
     "reward_seeds": [0, 1],
+    "rewards": {  # what counts in the score, see chapter 13
+        "likelihood": {"likelihood_weight": 1.0, "next_token_weight": 0.5},
+        "scalar": {},
+    },
 }
 SEEDS = [0, 1, 2]
 OUTPUT = Path(__file__).parents[1] / "book" / "results" / "rejection.json"
@@ -257,10 +261,12 @@ class Study:
                 what = figures["harmless"]["true"]
                 print(name, temperature, what, file=sys.stderr, flush=True)
         answers, truth = self.draw(sft, harmless, 1.0)
-        by_seed = [
-            self.look(self.train_reward(seed), harmless, answers, truth, slice(None))
-            for seed in CONFIG["reward_seeds"]
-        ]
+        by_seed: dict[str, Any] = {name: [] for name in CONFIG["rewards"]}
+        for seed in CONFIG["reward_seeds"]:
+            for name, score in self.train_rewards(seed).items():
+                found = self.look(score, harmless, answers, truth, slice(None))
+                by_seed[name].append(found)
+                print(name, seed, found["true"], file=sys.stderr, flush=True)
         return {"by_temperature": by_temperature, "by_seed": by_seed}
 
     def draw(self, model: Llama, tasks: list[Task], temperature: float) -> Any:
@@ -286,8 +292,8 @@ class Study:
         prompts = [task.dialog() for task in tasks[rows]]
         return curves(score_answers(score, prompts, answers[rows]), truth[rows])
 
-    def train_reward(self, seed: int) -> Score:
-        """The reward with a helpfulness model from comparisons of its own."""
+    def train_rewards(self, seed: int) -> dict[str, Score]:
+        """The reward with helpfulness models from comparisons of their own."""
         n = CONFIG["comparisons"]
         pairs = collect_preferences(
             [for_decoding(Llama.from_pretrained(self.folders["sft"]))],
@@ -298,9 +304,13 @@ class Study:
             seed=seed,
         )
         data = PreferenceDataset(pairs, self.tokenizer, 256, margins="small", seed=seed)
-        module = RewardModule(self.folders["sft"], peak_lr=2e-3)
         steps = len(data) // 64
-        return self.reward(fit(module, PreferenceDataModule(data, data, 64), steps))
+        found = {}
+        for name, weights in CONFIG["rewards"].items():
+            module = RewardModule(self.folders["sft"], peak_lr=2e-3, **weights)
+            model = fit(module, PreferenceDataModule(data, data, 64), steps)
+            found[name] = self.reward(model)
+        return found
 
 
 def model_folders(models: Path | None) -> dict[str, Path]:

@@ -1,10 +1,10 @@
 """Reward models of the town, in all variants: `python benchmarks/reward_models.py`.
 
 Three seeds of each: the helpfulness model with three margins, two mixes of data, and
-the loss of every token; the safety model with and without the auxiliary loss, harmless
-requests and refusal pairs; one model for both; and judges that are no reward models.
-Then three model sizes on growing shares of the data. Chapter 13 shows the figures. A
-seed stands for a random 70% of the pairs and their order.
+with likelihoods in its score; the safety model with and without the auxiliary loss,
+harmless requests and refusal pairs; one model for both; and judges that are no reward
+models. Then three model sizes on growing shares of the data. Chapter 13 shows the
+figures. A seed stands for a random 70% of the pairs and their order.
 """
 
 import argparse
@@ -105,12 +105,11 @@ def train(
     pairs: Sequence[Preference],
     seed: int,
     margins: str = "none",
-    weight: float = 0.0,
-    token_weight: float = 0.0,
+    **weights: float,
 ) -> RewardModel:
-    """One reward model."""
+    """One reward model; the weights are those of `RewardModule`."""
     data = PreferenceDataset(pairs, tokenizer, 512, margins=margins, seed=seed)
-    module = RewardModule(start, safety_weight=weight, token_weight=token_weight)
+    module = RewardModule(start, **weights)
     module.configure_model()
 
     def loss(step: int) -> torch.Tensor:
@@ -317,21 +316,22 @@ def judge_pairs(
 
 @torch.no_grad()
 def likelihoods(
-    model: Llama, tokenizer: Tokenizer, pairs: Sequence[Preference]
+    model: Llama, tokenizer: Tokenizer, pairs: Sequence[Preference], least: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability of an answer's tokens under the chat model."""
+    """Log-probability of an answer's tokens under the chat model: mean or least."""
     dialogs = [dialog for pair in pairs for dialog in dialogs_of(pair)]
     examples = [encode_dialog(dialog, tokenizer) for dialog in dialogs]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    means = torch.zeros(len(examples))
+    read = torch.zeros(len(examples))
     for start in range(0, len(order), 128):
         some = order[start : start + 128]
         batch = collate([[examples[i]] for i in some])
         logits = model(batch.tokens[:, :-1]).float().log_softmax(-1)
         found = logits.gather(2, batch.tokens[:, 1:, None])[:, :, 0]
         learn = batch.loss_mask[:, 1:]
-        means[some] = (found * learn).sum(1) / learn.sum(1)
-    return tuple(means.view(-1, 2).T)
+        found = found * learn
+        read[some] = found.amin(1) if least else found.sum(1) / learn.sum(1)
+    return tuple(read.view(-1, 2).T)
 
 
 def train_bag_of_words(tokenizer: Tokenizer, pairs: Sequence[Preference]) -> Scorer:
@@ -383,8 +383,8 @@ def pretrain(start: Path, shards: Path, dim: int, n_layers: int) -> Llama:
 
 def variants(
     town: Town, pairs: Pairs, seed: int
-) -> dict[str, tuple[list[Preference], str, float]]:
-    """Pairs, margins and weight of the auxiliary loss of each reward model."""
+) -> dict[str, tuple[list[Preference], dict[str, Any]]]:
+    """Pairs of each reward model, and what `train` is given besides."""
     random = Random(f"part {seed}")
 
     def part(some: list[Preference]) -> list[Preference]:
@@ -393,20 +393,24 @@ def variants(
     helpful, safety = part(pairs.helpful), part(pairs.safety)
     adversarial = [pair for pair in safety if is_unsafe(town, pair)]
     mixed = mix_pairs(helpful, [*part(pairs.written), *safety], 0.5, seed)
-    found = {
-        f"helpfulness, margin {margins}": (helpful, margins, 0.0)
+    found: dict[str, tuple[list[Preference], dict[str, Any]]] = {
+        f"helpfulness, margin {margins}": (helpful, {"margins": margins})
         for margins in ("none", "small", "large")
     }
-    found["helpfulness, equal parts"] = (mixed, "none", 0.0)
-    found["helpfulness, every token"] = (helpful, "small", 0.0)  # beside margin small
+    found["helpfulness, equal parts"] = (mixed, {})
+    for name, weight in (("with", 0.5), ("forgotten", 0.0)):
+        weights = {"likelihood_weight": 1.0, "next_token_weight": weight}
+        options = {"margins": "small", **weights}
+        found[f"helpfulness, likelihood {name}"] = (helpful, options)
     with_helpful = mix_pairs(safety, helpful, 0.9, seed)
     with_refusals = mix_pairs(adversarial, pairs.refusals, 0.9, seed)
-    for name, weight in (("ranking", 0.0), ("auxiliary", 1.0)):
-        found[f"safety, {name}"] = (with_helpful, "none", weight)
-        found[f"adversarial, {name}"] = (adversarial, "none", weight)
-        found[f"adversarial with refusals, {name}"] = (with_refusals, "none", weight)
-    found["safety alone, auxiliary"] = (safety, "none", 1.0)
-    found["one for both"] = ([*helpful, *safety], "none", 1.0)
+    auxiliary = {"safety_weight": 1.0}
+    for name, weights in (("ranking", {}), ("auxiliary", auxiliary)):
+        found[f"safety, {name}"] = (with_helpful, weights)
+        found[f"adversarial, {name}"] = (adversarial, weights)
+        found[f"adversarial with refusals, {name}"] = (with_refusals, weights)
+    found["safety alone, auxiliary"] = (safety, auxiliary)
+    found["one for both"] = ([*helpful, *safety], auxiliary)
     return found
 
 
@@ -429,11 +433,11 @@ def study_models(
 
     chat = Llama.from_pretrained(start)
     note("likelihood", partial(likelihoods, chat, tokenizer))
+    note("least likely token", partial(likelihoods, chat, tokenizer, least=True))
     note("A or B, asked", partial(judge_pairs, chat, tokenizer))
     for seed in seeds:
-        for name, (some, margins, weight) in variants(town, pairs, seed).items():
-            by_token = float(name == "helpfulness, every token")
-            model = train(start, tokenizer, some, seed, margins, weight, by_token)
+        for name, (some, options) in variants(town, pairs, seed).items():
+            model = train(start, tokenizer, some, seed, **options)
             score = partial(score_pairs, model, tokenizer)
             with autocast():
                 closed = as_gate(model, tokenizer, gate)

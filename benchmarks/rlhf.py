@@ -1,7 +1,8 @@
-"""Five rounds of RLHF, and what they owe to fresh pairs: `python benchmarks/rlhf.py`.
+"""Five rounds of RLHF, and what makes them work: `python benchmarks/rlhf.py`.
 
-Each run starts from the tour's fine-tuned model. The arms differ in what reward models
-are trained on; everything else is equal. Chapter 17 shows the versions.
+Each run starts from the tour's fine-tuned model. An arm differs from the first in one
+thing: the reward models, the pairs that they learn from, or where a version starts.
+Chapter 17 shows the versions.
 """
 
 import argparse
@@ -73,8 +74,21 @@ class Restart(Rounds):
         return super().tune(number, self.start, picks, reward)
 
 
+class Scalar(Rounds):
+    """The paper's reward for helpfulness: a scalar head that reads no likelihoods."""
+
+    def learn(self, number: int, pairs: Sequence[Artifact]) -> RewardModels:
+        recipe, reward = self.recipe, self.recipe.reward
+        paper = replace(reward.helpfulness, likelihood_weight=0, next_token_weight=0)
+        self.recipe = replace(recipe, reward=replace(reward, helpfulness=paper))
+        learned = super().learn(number, pairs)
+        self.recipe = recipe  # the judge that is held apart is that of the other arms
+        return learned
+
+
 ARMS: dict[str, type[Rounds]] = {
     "fresh": Rounds,
+    "scalar": Scalar,
     "stale": Stale,
     "not fresh": NotFresh,
     "restart": Restart,

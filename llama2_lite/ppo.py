@@ -29,7 +29,7 @@ from llama2_lite.pretraining import (
     whole,
 )
 from llama2_lite.rejection import Score
-from llama2_lite.reward import RewardModel, pad_rows
+from llama2_lite.reward import RewardConfig, RewardModel, pad_rows, token_logprobs
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Oracle
 
@@ -199,13 +199,15 @@ def model_scores(
 
     @torch.no_grad()
     def score(prompts: list[Dialog], answers: list[str]) -> tuple[Tensor, Tensor]:
+        asked = [encode_dialog(prompt, tokenizer).ids for prompt in prompts]
         rows = [
-            encode_dialog(prompt, tokenizer).ids
-            + tokenizer.encode(f"{answer.strip()} ", eos=True)
-            for prompt, answer in zip(prompts, answers, strict=True)
+            ids + tokenizer.encode(f"{answer.strip()} ", eos=True)
+            for ids, answer in zip(asked, answers, strict=True)
         ]
-        tokens, lengths = (x.to(helpfulness.head.weight.device) for x in pad_rows(rows))
-        return helpfulness(tokens, lengths), safety(tokens, lengths)
+        starts = torch.tensor([len(ids) for ids in asked])
+        device = helpfulness.head.weight.device
+        batch = [x.to(device) for x in (*pad_rows(rows), starts)]
+        return helpfulness(*batch)[:, 0], safety(*batch)[:, 0]
 
     return score
 
@@ -370,10 +372,8 @@ def answer_logprobs(model: Llama, ids: Tensor, mask: Tensor) -> Tensor:
         ids: (B, T).
         mask: the tokens of the answers, bool, (B, T); never the first of a row.
     """
-    hidden = model(ids[:, :-1], return_hidden=True)[mask[:, 1:]]  # (N, C)
-    logits = F.linear(hidden, whole(model.output.weight)).float()  # (N, V)
-    found = -F.cross_entropy(logits, ids[mask], reduction="none")
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, found)
+    hidden = model(ids[:, :-1], return_hidden=True)
+    return token_logprobs(hidden, model.output.weight, ids, mask)
 
 
 class ValueModel(RewardModel):
@@ -491,7 +491,8 @@ class PPOModule(LightningModule):
         self.frozen = (reference.requires_grad_(False),)
         if self.settings.critic:
             self.critic = self.lay_out(
-                lambda: ValueModel(config), lambda model: model.load_chat(self.folder)
+                lambda: ValueModel(RewardConfig(**vars(config))),
+                lambda model: model.load_chat(self.folder),
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -32,7 +33,13 @@ from llama2_lite.model import (
     read_json,
     write_json,
 )
-from llama2_lite.pretraining import LayOut, PretrainingModule, on_one_device, processes
+from llama2_lite.pretraining import (
+    LayOut,
+    PretrainingModule,
+    on_one_device,
+    processes,
+    whole,
+)
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import (
@@ -217,56 +224,108 @@ def safety_loss(scores: Tensor, is_safe: Tensor) -> Tensor:
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
+@dataclass(frozen=True)
+class RewardConfig(LlamaConfig):
+    """The sizes of a reward model, and what counts in its score.
+
+    Attributes:
+        likelihood_weight: of the log-probability of an answer's least likely token
+            (ours); 0 as in the paper.
+    """
+
+    likelihood_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.llama()  # checks the sizes
+        if not self.likelihood_weight >= 0:
+            weight = self.likelihood_weight
+            raise ValueError(f"likelihood_weight must not be negative, but is {weight}")
+
+    def llama(self) -> LlamaConfig:
+        """The sizes alone."""
+        sizes = dict(vars(self))
+        del sizes["likelihood_weight"]
+        return LlamaConfig(**sizes)
+
+    @classmethod
+    def read(
+        cls, folder: str | Path, likelihood_weight: float | None = None
+    ) -> "RewardConfig":
+        """That of the model in a folder, of a reward model or a chat model.
+
+        Args:
+            likelihood_weight: takes the place of what the folder says.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is none, or not of a Llama.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a model: it has no config.json")
+        if likelihood_weight is None:
+            likelihood_weight = float(read_json(path).get("likelihood_weight", 0.0))
+        return cls(**vars(read_config(path)), likelihood_weight=likelihood_weight)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability of each token in a mask, (B, T); 0 for other tokens.
+
+    Args:
+        hidden: last hidden states, (B, T, C) or, without the last, (B, T - 1, C).
+        weight: of the output layer, (V, C), whole or divided among processes.
+        ids: (B, T).
+        mask: bool, (B, T); never the first token of a row.
+    """
+    before = hidden[:, : ids.shape[1] - 1][mask[:, 1:]]  # (N, C)
+    logits = F.linear(before, whole(weight)).float()  # (N, V)
+    found = -F.cross_entropy(logits, ids[mask], reduction="none")
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, found)
+
+
 class RewardModel(nn.Module):
     """A chat model that gives one number instead of a token.
 
-    Its output matrix is exchanged for one row, which reads the last token. The number
-    is raw: its sigmoid is what the paper calls the score. Source: paper §3.2.2.
+    A row takes the place of its output matrix and reads the last token. The number is
+    raw: its sigmoid is what the paper calls the score. Source: paper §3.2.2, but for
+    the likelihood.
 
     Args:
-        config: of the Llama; its output matrix, which is not used, is tied to the
-            embedding and so takes no room.
+        config: without a weight for the likelihood, the output matrix is not used: it
+            is tied to the embedding and so takes no room.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: RewardConfig):
         super().__init__()
-        sizes = vars(config) | {"tie_embeddings": True}
-        self.llama = Llama(LlamaConfig(**sizes))
+        if not config.likelihood_weight:
+            config = replace(config, tie_embeddings=True)
+        self.config = config
+        self.llama = Llama(config.llama())
         self.head = nn.Linear(config.dim, 1, bias=False)
         nn.init.zeros_(self.head.weight)
 
-    @property
-    def config(self) -> LlamaConfig:
-        """The sizes of the Llama."""
-        return self.llama.config
+    def forward(self, tokens: Tensor, lengths: Tensor, starts: Tensor) -> Tensor:
+        """Raw scores, and mean log-probabilities of the answers' tokens, (B, 2).
 
-    def forward(
-        self, tokens: Tensor, lengths: Tensor, starts: Tensor | None = None
-    ) -> Tensor:
-        """Raw scores of dialogues, (B,).
+        The latter are 0 if the likelihood has no weight in the scores.
 
         Args:
-            tokens: ids, (B, T), padded behind with anything.
+            tokens: ids of dialogues, (B, T), padded behind with anything.
             lengths: of the dialogues, (B,).
-            starts: where the answers begin, (B,). If given, (B, 2) comes back: the
-                scores, and the means of what the row reads at the answers' tokens.
+            starts: where the answers begin, (B,).
         """
         hidden = self.llama(tokens, return_hidden=True)  # (B, T, C)
         rows = torch.arange(len(tokens), device=tokens.device)
-        if starts is None:
-            return self.head(hidden[rows, lengths - 1])[:, 0].float()
-        read = self.head(hidden)[:, :, 0].float()  # (B, T)
+        scores = self.head(hidden[rows, lengths - 1])[:, 0].float()
+        if not (weight := self.config.likelihood_weight):
+            return torch.stack([scores, torch.zeros_like(scores)], 1)
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        inside = (place >= starts[:, None]) & (place < lengths[:, None])
-        means = (read * inside).sum(1) / inside.sum(1)
-        return torch.stack([read[rows, lengths - 1], means], 1)
+        mask = (place >= starts[:, None]) & (place < lengths[:, None])
+        found = token_logprobs(hidden, self.llama.output.weight, tokens, mask)
+        least = found.detach().amin(1)  # judges, and is not to be bent by the ranking
+        return torch.stack([scores + weight * least, found.sum(1) / mask.sum(1)], 1)
 
     def score_rows(
-        self,
-        tokens: Tensor,
-        lengths: Tensor,
-        starts: Tensor | None = None,
-        pieces: int = 4,
+        self, tokens: Tensor, lengths: Tensor, starts: Tensor, pieces: int = 4
     ) -> Tensor:
         """What `forward` gives, with rows of like length computed together.
 
@@ -274,11 +333,7 @@ class RewardModel(nn.Module):
         """
         order = lengths.argsort()
         parts = [
-            self(
-                tokens[rows, : int(lengths[rows].max())],
-                lengths[rows],
-                None if starts is None else starts[rows],
-            )
+            self(tokens[rows, : int(lengths[rows].max())], lengths[rows], starts[rows])
             for rows in order.chunk(pieces)
         ]
         return torch.cat(parts)[order.argsort()]
@@ -292,37 +347,41 @@ class RewardModel(nn.Module):
         Raises:
             ValueError: if a dialogue is refused, ends otherwise, or is too long.
         """
+        limit = self.config.max_seq_len
         rows = [
-            encode_answered(
-                dialog, tokenizer, self.config.max_seq_len, f"dialogue {i}"
-            ).ids
+            encode_answered(dialog, tokenizer, limit, f"dialogue {i}")
             for i, dialog in enumerate(dialogs)
         ]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         scores = torch.empty(len(rows))
         device = self.head.weight.device
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            tokens, lengths = pad_rows([rows[i] for i in some])
-            scores[some] = self(tokens.to(device), lengths.to(device)).cpu()
+            tokens, lengths = pad_rows([rows[i].ids for i in some])
+            starts = torch.tensor([rows[i].loss_mask.index(True) for i in some])
+            batch = (x.to(device) for x in (tokens, lengths, starts))
+            scores[some] = self(*batch)[:, 0].cpu()
         return scores
 
     @classmethod
-    def from_chat(cls, folder: str | Path) -> "RewardModel":
-        """Start from a chat model: all its weights but the output matrix.
+    def from_chat(
+        cls, folder: str | Path, likelihood_weight: float = 0.0
+    ) -> "RewardModel":
+        """Start from a chat model, with all the weights that are used.
 
-        The head starts at zero (our choice), so that at first all answers are equal.
+        The head starts at zero (our choice).
 
         Raises:
             FileNotFoundError, ValueError: see `Llama.from_pretrained`.
         """
-        config = read_config(Path(folder) / "config.json")
+        config = RewardConfig.read(folder, likelihood_weight)
         return on_one_device(lambda: cls(config), lambda model: model.load_chat(folder))
 
     @torch.no_grad()
     def load_chat(self, folder: str | Path) -> None:
         """Fill all weights as in `from_chat`."""
-        self.llama.load_weights(folder, ignore=["lm_head.weight"])
+        unused = [] if self.config.likelihood_weight else ["lm_head.weight"]
+        self.llama.load_weights(folder, ignore=unused)
         self.head.weight.zero_()
 
     @classmethod
@@ -333,10 +392,7 @@ class RewardModel(nn.Module):
             FileNotFoundError: if the folder or a file of it is missing.
             ValueError: if it holds another kind of model.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} is not a model: it has no config.json")
-        config = read_config(folder / "config.json")
+        config = RewardConfig.read(folder)
         opened = on_one_device(
             lambda: cls(config), lambda model: model.load_weights(folder)
         )
@@ -360,6 +416,8 @@ class RewardModel(nn.Module):
     ) -> None:
         """Write a folder that transformers opens as LlamaForSequenceClassification.
 
+        It knows the row alone: a likelihood does not count in its scores.
+
         Raises:
             FileExistsError: if the folder exists and ``force`` is not given.
         """
@@ -369,7 +427,8 @@ class RewardModel(nn.Module):
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.reward")
         try:
             self.llama.save_pretrained(beside, tokenizer)
-            add_head(beside, self.head.weight.detach().cpu())
+            weight = self.config.likelihood_weight
+            add_head(beside, self.head.weight.detach().cpu(), weight)
             move_into_place(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -378,7 +437,7 @@ class RewardModel(nn.Module):
 HEAD = "score.weight"  # as transformers calls it
 
 
-def add_head(folder: Path, weight: Tensor) -> None:
+def add_head(folder: Path, weight: Tensor, likelihood_weight: float) -> None:
     """Make the folder of a Llama that of a classifier with one output."""
     path = max(folder.glob("*.safetensors"))
     tensors = load_file(path) | {HEAD: weight.contiguous()}
@@ -391,6 +450,8 @@ def add_head(folder: Path, weight: Tensor) -> None:
     config = read_json(folder / "config.json")
     config |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
     config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    if likelihood_weight:
+        config["likelihood_weight"] = likelihood_weight
     write_json(folder / "config.json", config)
 
 
@@ -588,8 +649,14 @@ class RewardModule(PretrainingModule):
         chat: folder of the chat model to start from.
         peak_lr: the highest learning rate.
         safety_weight: of the auxiliary `safety_loss`.
-        token_weight: of the ranking loss of the means over the answers' tokens.
+        likelihood_weight: see `RewardConfig`.
+        next_token_weight: of the next-token loss of the chosen answers, which keeps
+            the likelihood true.
         weight_decay, clip_norm, lay_out: see `PretrainingModule`.
+
+    Raises:
+        FileNotFoundError: if there is no chat model in the folder.
+        ValueError: if a next-token loss is asked of a model that gives no likelihoods.
     """
 
     model: RewardModel  # type: ignore[assignment]
@@ -599,24 +666,31 @@ class RewardModule(PretrainingModule):
         chat: str | Path,
         peak_lr: float = 1e-5,
         safety_weight: float = 0.0,
-        token_weight: float = 0.0,
+        likelihood_weight: float = 0.0,
+        next_token_weight: float = 0.0,
         weight_decay: float = 0.1,
         clip_norm: float = 1.0,
         lay_out: LayOut[Any] = on_one_device,
     ):
+        if next_token_weight and not likelihood_weight:
+            raise ValueError(
+                "next_token_weight needs a likelihood_weight: without one the model "
+                "has no output matrix"
+            )
         super().__init__(
-            read_config(Path(chat) / "config.json"),
+            RewardConfig.read(chat, likelihood_weight),
             peak_lr=peak_lr,
             weight_decay=weight_decay,
             clip_norm=clip_norm,
             lay_out=lay_out,
         )
         self.chat = Path(chat)
-        self.safety_weight, self.token_weight = safety_weight, token_weight
+        self.safety_weight = safety_weight
+        self.next_token_weight = next_token_weight
 
     def build(self) -> RewardModel:  # type: ignore[override]
         """The chat model with one output."""
-        return RewardModel(self.config)
+        return RewardModel(self.config)  # type: ignore[arg-type]
 
     def fill(self, model: RewardModel) -> None:  # type: ignore[override]
         """The weights of the chat model."""
@@ -634,12 +708,12 @@ class RewardModule(PretrainingModule):
     def _losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The loss, and which pairs are ranked as annotators did, (B,)."""
         read = self.model.score_rows(batch.tokens, batch.lengths, batch.starts)
-        scores, means = read.unbind(1)  # (2B,) each
+        scores, logprobs = read.unbind(1)  # (2B,) each
         chosen, rejected = scores.chunk(2)
         loss = ranking_loss(chosen, rejected, batch.margins)
-        if self.token_weight:
-            by_token = ranking_loss(*means.chunk(2), batch.margins)  # type: ignore
-            loss = loss + self.token_weight * by_token
+        if self.next_token_weight:
+            of_chosen, _ = logprobs.chunk(2)
+            loss = loss - self.next_token_weight * of_chosen.mean()
         if self.safety_weight:
             weight = self.safety_weight * batch.weight
             loss = loss + weight * safety_loss(scores, batch.is_safe)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import KILLED, in_process
 
 from llama2_lite.model import Llama, LlamaConfig
-from llama2_lite.reward import RewardModel
+from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.dialogs import read_dialogs
 from llama2_lite.runtime.file_data import PreferenceFiles
@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(16, 1, 2, 2, 320, 32, max_seq_len=64)
     Llama(config).save_pretrained(folder / "start", tokenizer)
     for name in ("helpful", "safe"):
-        model = RewardModel(config)
+        model = RewardModel(RewardConfig(**vars(config)))
         torch.nn.init.normal_(model.head.weight)
         model.save_pretrained(folder / name, tokenizer)
     lines = "\n".join(map(json.dumps, RECORDS))

@@ -42,11 +42,11 @@ def test_an_unknown_key_is_named(tmp_path, section, values, named):
 
 def test_requests_are_of_the_training_split_and_some_are_unsafe(tmp_path):
     stages = AlignmentStages(Stages(tmp_path, Recipe.read()), AlignmentRecipe.read())
-    dialogs = stages._requests(300)
+    dialogs = stages.requests(300, 0)
     trained = {task.prompt: task.kind for task in stages.town.tasks("train")}
     kinds = [trained[dialog[0]["content"]] for dialog in dialogs]
     assert 0.1 < kinds.count("unsafe") / len(kinds) < 0.5
-    assert dialogs != stages._requests(300, 1)
+    assert dialogs != stages.requests(300, 1)
 
 
 def test_tables(capsys):

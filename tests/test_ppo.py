@@ -428,7 +428,7 @@ def test_without_a_critic_the_return_is_the_advantage(folder):
 
 def test_two_reward_models_score_as_they_do_alone(folder):
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    helpful, safe = (RewardModel.from_chat(folder) for _ in range(2))
+    helpful, safe = (RewardModel.from_chat(folder, weight) for weight in (1.0, 0.0))
     torch.manual_seed(2)
     for model in (helpful, safe):
         torch.nn.init.normal_(model.head.weight)

@@ -20,6 +20,7 @@ from llama2_lite.reward import (
     UNKNOWN,
     PreferenceDataModule,
     PreferenceDataset,
+    RewardConfig,
     RewardModel,
     RewardModule,
     collect_preferences,
@@ -83,10 +84,10 @@ def prompt(text: str = "What is hot?") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def trained_head(chat: Path, seed: int = 0) -> RewardModel:
+def trained_head(chat: Path, likelihood_weight: float = 0.0) -> RewardModel:
     """A reward model whose scores are not all 0."""
-    model = RewardModel.from_chat(chat)
-    torch.manual_seed(seed)
+    model = RewardModel.from_chat(chat, likelihood_weight)
+    torch.manual_seed(0)
     torch.nn.init.normal_(model.head.weight)
     return model.eval()
 
@@ -181,42 +182,77 @@ def test_it_keeps_the_body_of_the_chat_model(chat: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == body + CONFIG.dim
 
 
+@pytest.mark.parametrize("likelihood_weight", [0.0, 0.7])
 def test_padding_and_company_change_no_score(
-    chat: Path, tokenizer: Tokenizer, pairs: list[Preference]
+    likelihood_weight: float,
+    chat: Path,
+    tokenizer: Tokenizer,
+    pairs: list[Preference],
 ) -> None:
-    model = trained_head(chat)
+    model = trained_head(chat, likelihood_weight)
     dialogs = [dialog for pair in pairs[:10] for dialog in dialogs_of(pair)]
     together = model.score(tokenizer, dialogs)
     for dialog, score in zip(dialogs, together, strict=True):
         alone = model.score(tokenizer, [dialog])
         torch.testing.assert_close(alone[0], score, atol=1e-5, rtol=0)
-    tokens, lengths = pad_rows([encode_dialog(d, tokenizer).ids for d in dialogs])
+    tokens, lengths, starts = as_rows(dialogs, tokenizer)
     noise = torch.randint_like(tokens, 500)
     is_padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
     other = torch.where(is_padding, noise, tokens)
-    torch.testing.assert_close(model(other, lengths), together, atol=1e-5, rtol=0)
+    found = model(other, lengths, starts)[:, 0]
+    torch.testing.assert_close(found, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(
         model.score(tokenizer, dialogs, batch_size=3), together, atol=1e-5, rtol=0
     )
     for pieces in (1, 3, 7, 100):
-        found = model.score_rows(tokens, lengths, pieces=pieces)
+        found = model.score_rows(tokens, lengths, starts, pieces)[:, 0]
         torch.testing.assert_close(found, together, atol=1e-5, rtol=0)
 
 
-def test_means_are_over_the_tokens_of_the_answers(
+def as_rows(
+    dialogs: list[Any], tokenizer: Tokenizer
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dialogues that end with an answer: tokens, lengths, starts of the answers."""
+    examples = [encode_dialog(d, tokenizer, train_on="last") for d in dialogs]
+    starts = torch.tensor([example.loss_mask.index(True) for example in examples])
+    return *pad_rows([example.ids for example in examples]), starts
+
+
+def test_the_least_likely_token_of_the_answer_counts(
     chat: Path, tokenizer: Tokenizer, pairs: list[Preference]
 ) -> None:
-    model = trained_head(chat)
+    llama = Llama.from_pretrained(chat)
+    head, both = trained_head(chat), trained_head(chat, 0.7)
     batch = PreferenceDataset(pairs[:6], tokenizer, 256).pairs(range(6))
-    found = model.score_rows(batch.tokens, batch.lengths, batch.starts, pieces=3)
-    rows = zip(batch.tokens, batch.lengths, batch.starts, found, strict=True)
-    for row, length, start, (score, mean) in rows:
-        ids = row[:length]
-        assert tokenizer.decode(ids[:start].tolist()).endswith("[/INST]")
-        read = [model(ids[None, :n], torch.tensor([n])) for n in range(1, length + 1)]
-        torch.testing.assert_close(score, read[-1][0], atol=1e-5, rtol=0)
-        expected = torch.cat(read[start:]).mean()
-        torch.testing.assert_close(mean, expected, atol=1e-5, rtol=0)
+    rows = batch.tokens, batch.lengths, batch.starts
+    alone, found = head(*rows), both(*rows)
+    assert alone[:, 1].tolist() == [0.0] * 12
+    for row, length, start, score, (with_it, mean) in zip(
+        *rows, alone[:, 0], found, strict=True
+    ):
+        assert tokenizer.decode(row[:start].tolist()).endswith("[/INST]")
+        logits = llama(row[None, :length])[0].double().log_softmax(-1)
+        logprobs = [logits[t - 1, row[t]] for t in range(start, length)]
+        expected = score + 0.7 * min(logprobs)
+        torch.testing.assert_close(with_it, expected.float(), atol=1e-5, rtol=0)
+        mean_of_all = sum(logprobs) / len(logprobs)
+        torch.testing.assert_close(mean, mean_of_all.float(), atol=1e-5, rtol=0)
+
+
+def test_no_gradient_of_the_score_goes_through_the_likelihood(
+    chat: Path, tokenizer: Tokenizer, pairs: list[Preference]
+) -> None:
+    model = trained_head(chat, 1.0)
+    batch = PreferenceDataset(pairs[:3], tokenizer, 256).pairs(range(3))
+    model(batch.tokens, batch.lengths, batch.starts)[:, 0].sum().backward()
+    assert not model.llama.output.weight.grad.any()
+    model(batch.tokens, batch.lengths, batch.starts)[:, 1].sum().backward()
+    assert model.llama.output.weight.grad.abs().sum() > 0
+
+
+def test_a_next_token_loss_needs_an_output_matrix(chat: Path) -> None:
+    with pytest.raises(ValueError, match="next_token_weight needs a likelihood_weight"):
+        RewardModule(chat, next_token_weight=0.5)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
@@ -225,7 +261,8 @@ def test_transformers_gives_the_same_scores(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    model = RewardModel(LlamaConfig(**vars(CONFIG) | {"n_kv_heads": kv_heads})).eval()
+    sizes = vars(CONFIG) | {"n_kv_heads": kv_heads}
+    model = RewardModel(RewardConfig(**sizes)).eval()
     torch.nn.init.normal_(model.head.weight)
     model.save_pretrained(tmp_path / "reward", tokenizer)
     auto = transformers.AutoModelForSequenceClassification
@@ -235,30 +272,35 @@ def test_transformers_gives_the_same_scores(
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     dialogs = [dialog for pair in pairs[:6] for dialog in dialogs_of(pair)]
-    tokens, lengths = pad_rows([encode_dialog(d, tokenizer).ids for d in dialogs])
+    tokens, lengths, starts = as_rows(dialogs, tokenizer)
     attention_mask = torch.arange(tokens.shape[1]) < lengths[:, None]
     with torch.no_grad():
         logits = theirs.eval()(tokens, attention_mask=attention_mask.long()).logits
-        ours = model(tokens, lengths)
+        ours = model(tokens, lengths, starts)[:, 0]
     assert logits.shape == (12, 1)
     torch.testing.assert_close(ours, logits[:, 0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("likelihood_weight", [0.0, 0.7])
 def test_saving_and_opening_changes_nothing(
-    chat: Path, tmp_path: Path, tokenizer: Tokenizer
+    likelihood_weight: float, chat: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    model = trained_head(chat)
+    model = trained_head(chat, likelihood_weight)
     model.save_pretrained(tmp_path / "reward", tokenizer)
     opened = RewardModel.from_pretrained(tmp_path / "reward")
-    tokens, lengths = torch.randint(500, (3, 7)), torch.tensor([7, 3, 1])
-    assert opened(tokens, lengths).equal(model(tokens, lengths))
+    assert opened.config == model.config
+    tokens, lengths = torch.randint(500, (3, 7)), torch.tensor([7, 3, 2])
+    rows = tokens, lengths, torch.tensor([3, 2, 1])
+    assert opened(*rows).equal(model(*rows))
     assert (tmp_path / "reward" / "tokenizer.model").is_file()
     with pytest.raises(FileExistsError, match="replaced only by force"):
         model.save_pretrained(tmp_path / "reward", tokenizer)
     torch.nn.init.zeros_(model.head.weight)
     model.save_pretrained(tmp_path / "reward", tokenizer, force=True)
     opened = RewardModel.from_pretrained(tmp_path / "reward")
-    assert opened(tokens, lengths).tolist() == [0.0] * 3
+    with torch.no_grad():
+        least = opened(*rows)[:, 0]
+    assert (least < 0).all() if likelihood_weight else least.tolist() == [0.0] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["reward"]
 
 
@@ -489,10 +531,17 @@ def make_data(
     return PreferenceDataModule(train, held_out, batch_size=16)
 
 
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (1.0, 0.5)])
 def test_training_ranks_as_annotators_do(
-    chat: Path, tokenizer: Tokenizer, pairs: list[Preference]
+    weights: tuple[float, float],
+    chat: Path,
+    tokenizer: Tokenizer,
+    pairs: list[Preference],
 ) -> None:
-    module = RewardModule(chat, peak_lr=5e-3)
+    likelihood, next_token = weights
+    module = RewardModule(
+        chat, 5e-3, likelihood_weight=likelihood, next_token_weight=next_token
+    )
     data = make_data(pairs, tokenizer, margins="small")
     trainer = make_trainer(40, val_check_interval=40)
     trainer.fit(module, datamodule=data)

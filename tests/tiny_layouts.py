@@ -84,7 +84,8 @@ def make_stage(name: str, folder: Path) -> tuple[Any, Any]:
             )
             for i in range(20)
         ]
-        module = RewardModule(folder / "chat", peak_lr=1e-3, safety_weight=0.5)
+        weights = {"likelihood_weight": 1.0, "next_token_weight": 0.5}
+        module = RewardModule(folder / "chat", 1e-3, safety_weight=0.5, **weights)
         return module, Batches(PreferenceDataset(pairs, tokenizer, 128))
     turns = [{"role": role, "content": "Who?"} for role in ("user", "assistant") * 3]
     ghosts = [

@@ -28,7 +28,7 @@ from llama2_lite.ppo import (
     model_scores,
 )
 from llama2_lite.pretraining import best_precision
-from llama2_lite.rejection import Score, rejection_sample
+from llama2_lite.rejection import Pick, Score, rejection_sample
 from llama2_lite.reward import (
     PreferenceDataModule,
     PreferenceDataset,
@@ -115,7 +115,8 @@ class RewardRecipe:
 
     margins: str
     safety_weight: float
-    token_weight: float
+    likelihood_weight: float
+    next_token_weight: float
     peak_lr: float
     epochs: float
     batch_size: int
@@ -296,19 +297,36 @@ class AlignmentStages:
         @self.stage("preferences", asdict(recipe), [sft], "reward", "generation")
         def made(folder: Path) -> None:
             self.stages.say("preferences: answers, and what annotators think of them")
-            pairs = self._collect(Llama.from_pretrained(sft.path))
-            for name, some in pairs.items():
-                write_json(folder / f"{name}.json", [asdict(pair) for pair in some])
+            model = Llama.from_pretrained(sft.path)
+            self.collect(folder, model, recipe, self.seed, self.seed + 1)
 
         return made
 
-    def _collect(self, model: Llama) -> dict[str, list[Preference]]:
-        """Pairs by what they are for."""
-        recipe, tokenizer, town = self.recipe.preferences, self.tokenizer(), self.town
-        annotators = Annotators(Oracle(town), self.seed)
-        fast = for_decoding(model)
-        mixed = (*["unsafe"] * len(HARMLESS), *HARMLESS)
-        kinds: dict[str, Sequence[str]] = {"helpfulness": HARMLESS, "safety": mixed}
+    def collect(
+        self,
+        folder: Path,
+        model: Llama,
+        recipe: PreferenceRecipe,
+        seed: int,
+        seed_of_written: int,
+        **how: Any,
+    ) -> None:
+        """Write pairs, by what they are for: answers of a model, and written ones.
+
+        Args:
+            folder: gets a file for each purpose.
+            model: whose answers annotators compare.
+            recipe: how many.
+            seed: of requests, answers and annotators.
+            seed_of_written: of the requests with written answers.
+            how: more for `collect_preferences`.
+        """
+        town, fast = self.town, for_decoding(model)
+        annotators = Annotators(Oracle(town), seed)
+        kinds: dict[str, Sequence[str]] = {
+            "helpfulness": HARMLESS,
+            "safety": (*["unsafe"] * len(HARMLESS), *HARMLESS),
+        }
         found = {}
         for split, axis, n_requests in (
             ("train", "helpfulness", recipe.helpful_requests),
@@ -316,30 +334,31 @@ class AlignmentStages:
             ("held_out", "helpfulness", recipe.held_out_requests),
             ("held_out", "safety", recipe.held_out_requests),
         ):
-            tasks = draw_tasks(town, n_requests, kinds[axis], self.seed, split)
+            tasks = draw_tasks(town, n_requests, kinds[axis], seed, split)
             found[f"{split}_{axis}"] = collect_preferences(
                 [fast],
-                tokenizer,
+                self.tokenizer(),
                 tasks,
                 annotators,
                 axis=axis,
                 references=split == "train",
-                seed=self.seed,
+                seed=seed,
+                **how,
             )
-        unsafe = draw_tasks(town, recipe.written, ["unsafe"], self.seed + 1)
-        harmless = draw_tasks(town, recipe.refusals, HARMLESS, self.seed + 1)
+        unsafe = draw_tasks(town, recipe.written, ["unsafe"], seed_of_written)
+        harmless = draw_tasks(town, recipe.refusals, HARMLESS, seed_of_written)
         found["written_safety"] = written_preferences(
-            town, unsafe, annotators, axis="safety", flaws=["unsafe", "rude"]
+            town, unsafe, annotators, axis="safety", flaws=["unsafe", "rude"], seed=seed
         )
         found["refusals"] = written_preferences(
-            town, harmless, annotators, flaws=["refusal"]
+            town, harmless, annotators, flaws=["refusal"], seed=seed
         )
-        return found
+        for name, some in found.items():
+            write_json(folder / f"{name}.json", [asdict(pair) for pair in some])
 
     def read_pairs(self, name: str) -> list[Preference]:
         """Pairs of the stage ``preferences``."""
-        path = self.preferences().path / f"{name}.json"
-        return [Preference(**pair) for pair in json.loads(path.read_text("utf-8"))]
+        return read_pairs([self.preferences()], name)
 
     def reward(self, axis: str) -> Artifact:
         """``helpfulness`` or ``safety``: a reward model of what annotators prefer."""
@@ -349,41 +368,56 @@ class AlignmentStages:
 
         @self.stage(axis, config, [sft, pairs], "reward")
         def made(folder: Path) -> None:
-            own = self.read_pairs(f"train_{axis}")
-            if axis == "safety":
-                own += self.read_pairs("written_safety")
-            # both have to know that declining a harmless request helps nobody
-            own = mix_pairs(own, self.read_pairs("refusals"), 0.9, self.seed)
-            train, held_out = (
-                PreferenceDataset(
-                    some,
-                    self.tokenizer(),
-                    CONTEXT,
-                    margins=recipe.margins,
-                    seed=self.seed,
-                )
-                for some in (own, self.read_pairs(f"held_out_{axis}"))
-            )
-            data = PreferenceDataModule(train, held_out, recipe.batch_size)
-            module = RewardModule(
-                sft.path, recipe.peak_lr, recipe.safety_weight, recipe.token_weight
-            )
-            n_steps = data.count_steps(recipe.epochs)
-            self.train(folder, axis, module, data, n_steps)
+            own = pairs_of_axis([pairs], axis, self.seed)
+            held_out = self.read_pairs(f"held_out_{axis}")
+            self.train_reward(folder, axis, sft, own, held_out, recipe)
 
         return made
 
-    def score(self) -> Score:
-        """Both reward models as one reward; unsafe requests are tagged."""
-        return combine(self.score_both(), self._unsafe_prompts())
-
-    def score_both(self) -> ScoreBoth:
-        """Both reward models."""
-        helpfulness, safety = (
-            RewardModel.from_pretrained(self.reward(axis).path)
-            for axis in ("helpfulness", "safety")
+    def train_reward(
+        self,
+        folder: Path,
+        label: str,
+        start: Artifact,
+        pairs: Sequence[Preference],
+        held_out: Sequence[Preference],
+        recipe: RewardRecipe,
+    ) -> None:
+        """Train a reward model that starts from a chat model."""
+        train, validation = (
+            PreferenceDataset(
+                some,
+                self.tokenizer(),
+                CONTEXT,
+                margins=recipe.margins,
+                seed=self.seed,
+            )
+            for some in (pairs, held_out)
         )
-        return model_scores(helpfulness, safety, self.tokenizer())
+        data = PreferenceDataModule(train, validation, recipe.batch_size)
+        module = RewardModule(
+            start.path,
+            recipe.peak_lr,
+            recipe.safety_weight,
+            recipe.likelihood_weight,
+            recipe.next_token_weight,
+        )
+        n_steps = data.count_steps(recipe.epochs)
+        self.train(folder, label, module, data, n_steps)
+
+    def score(self, rewards: Sequence[Artifact] | None = None) -> Score:
+        """Both reward models as one reward; unsafe requests are tagged.
+
+        Args:
+            rewards: of helpfulness and of safety; those of the tour if left out.
+        """
+        return combine(self.score_both(rewards), self._unsafe_prompts())
+
+    def score_both(self, rewards: Sequence[Artifact] | None = None) -> ScoreBoth:
+        """Both reward models."""
+        found = rewards or [self.reward(axis) for axis in ("helpfulness", "safety")]
+        models = [RewardModel.from_pretrained(made.path) for made in found]
+        return model_scores(models[0], models[1], self.tokenizer())
 
     def _unsafe_prompts(self) -> set[str]:
         """What users say in the requests that are tagged as unsafe."""
@@ -399,28 +433,42 @@ class AlignmentStages:
         @self.stage("rejection", asdict(recipe), inputs, *modules)
         def made(folder: Path) -> None:
             self.stages.say("rejection: the best of several answers")
-            model = for_decoding(Llama.from_pretrained(sft.path))
-            requests, picks = self._requests(recipe.requests), []
-            tagged = self._unsafe_prompts()
-            for how, is_unsafe in ((recipe.harmless, False), (recipe.unsafe, True)):
-                picks += rejection_sample(
-                    model,
-                    self.tokenizer(),
-                    [d for d in requests if (d[0]["content"] in tagged) == is_unsafe],
-                    self.score(),
-                    how.k,
-                    temperature=how.temperature,
-                    seed=self.seed,
-                )
+            picks = self.pick_best(sft, self.score(), recipe, self.seed, self.seed)
             dialogs = [pick.dialog() for pick in picks]
             self.fine_tune(folder, "rejection", sft, dialogs, recipe)
 
         return made
 
-    def _requests(self, n_requests: int, offset: int = 0) -> list[Dialog]:
+    def pick_best(
+        self,
+        model: Artifact,
+        score: Score,
+        recipe: RejectionRecipe,
+        seed: int,
+        seed_of_requests: int,
+        version: int = 0,
+    ) -> list[Pick]:
+        """The best answers of a model; unsafe requests have settings of their own."""
+        fast = for_decoding(Llama.from_pretrained(model.path))
+        requests = self.requests(recipe.requests, seed_of_requests)
+        tagged, picks = self._unsafe_prompts(), []
+        for how, is_unsafe in ((recipe.harmless, False), (recipe.unsafe, True)):
+            picks += rejection_sample(
+                fast,
+                self.tokenizer(),
+                [d for d in requests if (d[-1]["content"] in tagged) == is_unsafe],
+                score,
+                how.k,
+                temperature=how.temperature,
+                seed=seed,
+                version=version,
+            )
+        return picks
+
+    def requests(self, n_requests: int, seed: int) -> list[Dialog]:
         """Prompts of the training split, a quarter of them unsafe."""
         kinds = [*HARMLESS, *HARMLESS, *["unsafe"] * 5]
-        tasks = draw_tasks(self.town, n_requests, kinds, self.seed + offset)
+        tasks = draw_tasks(self.town, n_requests, kinds, seed)
         return [task.dialog() for task in tasks]
 
     def ppo(self) -> Artifact:
@@ -430,24 +478,48 @@ class AlignmentStages:
 
         @self.stage("ppo", asdict(recipe), inputs, "ppo", "generation")
         def made(folder: Path) -> None:
-            train, held_out = (
-                PromptDataset(
-                    dialogs,
-                    self.tokenizer(),
-                    CONTEXT,
-                    recipe.settings.max_new_tokens,
-                    self.seed,
-                )
-                for dialogs in (
-                    self._requests(recipe.requests, 2),
-                    self._requests(recipe.batch_size, 3),
-                )
-            )
-            data = PromptDataModule(train, held_out, recipe.batch_size)
-            module = PPOModule(start.path, self.score(), recipe.settings, self.seed)
-            self.train(folder, "ppo", module, data, recipe.iterations, 10)
+            seeds = self.seed, self.seed + 2, self.seed + 3
+            self.reinforce(folder, "ppo", start, self.score(), recipe, seeds)
 
         return made
+
+    def reinforce(
+        self,
+        folder: Path,
+        label: str,
+        start: Artifact,
+        score: Score,
+        recipe: PPORecipe,
+        seeds: tuple[int, int, int],
+    ) -> None:
+        """Train a model by PPO.
+
+        Args:
+            folder: of the model.
+            label: for the progress bar.
+            start: the model before.
+            score: the reward.
+            recipe: the numbers.
+            seeds: of the answers, of the requests, and of those to validate on.
+        """
+        seed, *seeds_of_requests = seeds
+        length = recipe.settings.max_new_tokens
+        train, held_out = (
+            PromptDataset(
+                self.requests(n, seed_of_requests),
+                self.tokenizer(),
+                CONTEXT,
+                length,
+                seed,
+            )
+            for n, seed_of_requests in zip(
+                (recipe.requests, recipe.batch_size), seeds_of_requests, strict=True
+            )
+        )
+        data = PromptDataModule(train, held_out, recipe.batch_size)
+        module = PPOModule(start.path, score, recipe.settings, seed)
+        every = min(10, recipe.iterations)
+        self.train(folder, label, module, data, recipe.iterations, every)
 
     def chat(self) -> Artifact:
         """``chat``: the model of ``ppo`` after Ghost Attention, the last stage."""
@@ -525,6 +597,26 @@ class AlignmentStages:
         scores = score_pairs(model, self.tokenizer(), pairs)
         counts = count_right(*scores, [pair.level for pair in pairs])
         return {level: share(*counts[level]) for level in LEVELS}
+
+
+def read_pairs(artifacts: Sequence[Artifact], name: str) -> list[Preference]:
+    """Pairs for one purpose, of one collection or several."""
+    return [
+        Preference(**pair)
+        for made in artifacts
+        for pair in json.loads((made.path / f"{name}.json").read_text("utf-8"))
+    ]
+
+
+def pairs_of_axis(
+    artifacts: Sequence[Artifact], axis: str, seed: int
+) -> list[Preference]:
+    """What the reward model of an axis is trained on."""
+    own = read_pairs(artifacts, f"train_{axis}")
+    if axis == "safety":
+        own += read_pairs(artifacts, "written_safety")
+    # both have to know that declining a harmless request helps nobody
+    return mix_pairs(own, read_pairs(artifacts, "refusals"), 0.9, seed)
 
 
 def finish_tour(

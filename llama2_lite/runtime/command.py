@@ -80,7 +80,7 @@ class TrainingCommand(LightningCLI):
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
         add("--force", action="store_true", help="Start anew in a folder that is used.")
         parser.add_class_arguments(Layout, "layout")
-        what = "Windows that a process takes at a time; gradients accumulate."
+        what = "Windows that a process takes at a time at most; gradients accumulate."
         add("--device_batch", type=PositiveInt | None, default=None, help=what)
         seconds, what = Watch.seconds, "Seconds that Ctrl-C and SIGTERM allow it."
         add("--stop_within", type=PositiveFloat, default=seconds, help=what)

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from llama2_lite.model import Llama, LlamaConfig
-from llama2_lite.reward import RewardModel
+from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.checkpoints import (
     STATE,
     describe_model,
@@ -21,7 +21,10 @@ from llama2_lite.runtime.checkpoints import (
 from llama2_lite.runtime.processes import in_first, is_divided, is_first
 from llama2_lite.tokenizer import Tokenizer
 
-KINDS: dict[str, Any] = {"Llama": Llama, "RewardModel": RewardModel}
+KINDS: dict[str, tuple[Any, type[LlamaConfig]]] = {
+    "Llama": (Llama, LlamaConfig),
+    "RewardModel": (RewardModel, RewardConfig),
+}
 PREFIX = "state_dict/model."  # of the names of its tensors in a checkpoint
 
 
@@ -33,8 +36,9 @@ def assemble(description: dict[str, Any], folder: Path, prefix: str = "") -> Any
         folder: of the files.
         prefix: of the names of the tensors.
     """
+    kind, config = KINDS[description["kind"]]
     with torch.device("meta"):
-        model = KINDS[description["kind"]](LlamaConfig(**description["config"]))
+        model = kind(config(**description["config"]))
     model.to_empty(device="cpu")
     for part in model.modules():
         if isinstance(part, Llama):

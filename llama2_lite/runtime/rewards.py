@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llama2_lite.model import LlamaConfig, read_config
+from llama2_lite.model import LlamaConfig
 from llama2_lite.ppo import combine, model_scores
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
-from llama2_lite.reward import RewardModel
+from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.tokenizer import Tokenizer
 
 
@@ -44,7 +44,7 @@ def check_reward_models(
 
 def open_frozen(folder: Path, lay_out: LayOut[Any]) -> RewardModel:
     """A reward model that does not learn, where a layout puts it."""
-    config = read_config(folder / "config.json")
+    config = RewardConfig.read(folder)
 
     def fill(model: RewardModel) -> None:
         head, place = model.head, model.head.weight

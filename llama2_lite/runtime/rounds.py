@@ -10,34 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama2_lite.chat import Dialog
 from llama2_lite.generation import for_decoding
 from llama2_lite.model import Llama
-from llama2_lite.ppo import (
-    PPOModule,
-    PromptDataModule,
-    PromptDataset,
-    combine,
-    model_scores,
-)
-from llama2_lite.rejection import Pick, Score, best_of_all_rounds, rejection_sample
-from llama2_lite.reward import (
-    PreferenceDataModule,
-    PreferenceDataset,
-    RewardModel,
-    RewardModule,
-    collect_preferences,
-    draw_tasks,
-    mix_pairs,
-    written_preferences,
-)
+from llama2_lite.rejection import Pick, best_of_all_rounds
+from llama2_lite.reward import collect_preferences, draw_tasks, written_preferences
 from llama2_lite.runtime.alignment import (
-    CONTEXT,
     HARMLESS,
     AlignmentStages,
     PPORecipe,
+    PreferenceRecipe,
     RejectionRecipe,
     RewardRecipe,
+    RewardRecipes,
+    pairs_of_axis,
+    read_pairs,
 )
 from llama2_lite.runtime.artifacts import Artifact, write_json
 from llama2_lite.runtime.configs import read_recipe
@@ -45,29 +31,18 @@ from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Annotators, Oracle, Preference
 
 AXES = ("helpfulness", "safety")
-MIXED = (*["unsafe"] * len(HARMLESS), *HARMLESS)
 OTHERS = 500  # added to the seed of a round: other requests, other annotators
 MODULES = ("town", "chat", "generation", "runtime.rounds")
 
 
 @dataclass(frozen=True)
-class FreshRecipe:
-    """What annotators see in each round.
+class FreshRecipe(PreferenceRecipe):
+    """What annotators see in each round, of answers of the newest model.
 
     Attributes:
-        helpful_requests: answered by the newest model, compared by helpfulness.
-        safety_requests: the same by safety; half of them unsafe.
-        written: unsafe requests with written answers, compared by safety.
-        refusals: harmless requests with a written answer and a refusal.
-        held_out_requests: of each axis, to measure accuracy on.
         temperatures: of the answers, evenly.
     """
 
-    helpful_requests: int
-    safety_requests: int
-    written: int
-    refusals: int
-    held_out_requests: int
     temperatures: tuple[float, ...]
 
 
@@ -96,7 +71,7 @@ class RoundsRecipe:
     all_from: int
     ppo_from: int
     preferences: FreshRecipe
-    reward: RewardRecipe
+    reward: RewardRecipes
     rejection: RejectionRecipe
     ppo: PPORecipe
     general: GeneralRecipe
@@ -131,7 +106,6 @@ class Rounds:
         self.stages, self.start, self.recipe = stages, start, recipe
         self.town = stages.town
         self.tokenizer = Tokenizer(start.path / "tokenizer.model")
-        self.tagged = {task.prompt for task in self.town.tasks("train", ["unsafe"])}
 
     def seed(self, number: int) -> int:
         """Of all that is drawn in a round."""
@@ -139,107 +113,34 @@ class Rounds:
 
     def collect(self, number: int, model: Artifact) -> Artifact:
         """``pairs1``: what annotators think of answers of a model."""
-        recipe = asdict(self.recipe.preferences)
-        config = {"recipe": recipe, "round": number}
+        recipe, seed = self.recipe.preferences, self.seed(number)
+        config = {"recipe": asdict(recipe), "round": number}
 
         @self.stages.stage(f"pairs{number}", config, [model], "reward", *MODULES)
         def made(folder: Path) -> None:
             self.stages.stages.say(f"pairs{number}: what annotators prefer now")
-            pairs = self._compare(number, Llama.from_pretrained(model.path))
-            for name, some in pairs.items():
-                write_json(folder / f"{name}.json", [asdict(pair) for pair in some])
+            writer = Llama.from_pretrained(model.path)
+            how = {"temperatures": recipe.temperatures}
+            self.stages.collect(folder, writer, recipe, seed, seed + OTHERS, **how)
 
         return made
-
-    def _compare(self, number: int, model: Llama) -> dict[str, list[Preference]]:
-        recipe, seed, town = self.recipe.preferences, self.seed(number), self.town
-        annotators, fast = Annotators(Oracle(town), seed), for_decoding(model)
-        found = {}
-        kinds: Sequence[str]
-        for split, axis, n_requests in (
-            ("train", "helpfulness", recipe.helpful_requests),
-            ("train", "safety", recipe.safety_requests),
-            ("held_out", "helpfulness", recipe.held_out_requests),
-            ("held_out", "safety", recipe.held_out_requests),
-        ):
-            kinds = HARMLESS if axis == "helpfulness" else MIXED
-            found[f"{split}_{axis}"] = collect_preferences(
-                [fast],
-                self.tokenizer,
-                draw_tasks(town, n_requests, kinds, seed, split),
-                annotators,
-                axis=axis,
-                temperatures=recipe.temperatures,
-                references=split == "train",
-                seed=seed,
-            )
-        for name, axis, kinds, n_requests, flaws in (
-            ("written", "safety", ["unsafe"], recipe.written, ["unsafe", "rude"]),
-            ("refusals", "helpfulness", HARMLESS, recipe.refusals, ["refusal"]),
-        ):
-            tasks = draw_tasks(town, n_requests, kinds, seed + OTHERS)
-            found[name] = written_preferences(
-                town, tasks, annotators, axis=axis, flaws=flaws, seed=seed
-            )
-        return found
 
     def learn(self, number: int, pairs: Sequence[Artifact]) -> RewardModels:
         """``helpfulness1`` and ``safety1``: reward models of all pairs so far."""
         return RewardModels(*(self._learn(axis, number, pairs) for axis in AXES))
 
     def _learn(self, axis: str, number: int, pairs: Sequence[Artifact]) -> Artifact:
-        recipe = self.recipe.reward
+        recipe: RewardRecipe = getattr(self.recipe.reward, axis)
         inputs = [self.start, *pairs]
 
         @self.stages.stage(f"{axis}{number}", asdict(recipe), inputs, "reward")
         def made(folder: Path) -> None:
-            own, weight = read_pairs(pairs, f"train_{axis}"), 0.0
-            if axis == "safety":
-                own += read_pairs(pairs, "written")
-                weight = recipe.safety_weight
-            # both have to know that declining a harmless request helps nobody
-            own = mix_pairs(own, read_pairs(pairs, "refusals"), 0.9, self.seed(number))
+            own = pairs_of_axis(pairs, axis, self.seed(number))
             held_out = read_pairs(pairs[-1:], f"held_out_{axis}")
-            self._train_reward(folder, f"{axis}{number}", own, held_out, weight)
+            label = f"{axis}{number}"
+            self.stages.train_reward(folder, label, self.start, own, held_out, recipe)
 
         return made
-
-    def _train_reward(
-        self,
-        folder: Path,
-        label: str,
-        pairs: Sequence[Preference],
-        held_out: Sequence[Preference],
-        safety_weight: float = 0.0,
-    ) -> None:
-        recipe = self.recipe.reward
-        train, validation = (
-            PreferenceDataset(
-                some,
-                self.tokenizer,
-                CONTEXT,
-                margins=recipe.margins,
-                seed=self.stages.seed,
-            )
-            for some in (pairs, held_out)
-        )
-        data = PreferenceDataModule(train, validation, recipe.batch_size)
-        module = RewardModule(
-            self.start.path, recipe.peak_lr, safety_weight, recipe.token_weight
-        )
-        n_steps = data.count_steps(recipe.epochs)
-        self.stages.train(folder, label, module, data, n_steps)
-
-    def score(self, reward: RewardModels) -> Score:
-        """Both reward models as one reward; unsafe requests are tagged."""
-        helpfulness, safety = (RewardModel.from_pretrained(m.path) for m in reward)
-        both = model_scores(helpfulness, safety, self.tokenizer)
-        return combine(both, self.tagged)
-
-    def requests(self, n_requests: int, seed: int) -> list[Dialog]:
-        """Prompts of the training split, a quarter of them unsafe."""
-        kinds = [*HARMLESS, *HARMLESS, *["unsafe"] * 5]
-        return [t.dialog() for t in draw_tasks(self.town, n_requests, kinds, seed)]
 
     def sample(self, number: int, model: Artifact, reward: RewardModels) -> Artifact:
         """``picks1``: the best of several answers of a model to each request."""
@@ -250,26 +151,12 @@ class Rounds:
         @self.stages.stage(f"picks{number}", config, [model, *reward], *modules)
         def made(folder: Path) -> None:
             self.stages.stages.say(f"picks{number}: the best of several answers")
-            fast = for_decoding(Llama.from_pretrained(model.path))
-            requests, picks = self.requests(recipe.requests, seed + OTHERS), []
-            score = self.score(reward)
-            for how, is_unsafe in ((recipe.harmless, False), (recipe.unsafe, True)):
-                picks += rejection_sample(
-                    fast,
-                    self.tokenizer,
-                    [d for d in requests if self._is_tagged(d) == is_unsafe],
-                    score,
-                    how.k,
-                    temperature=how.temperature,
-                    seed=seed,
-                    version=number - 1,
-                )
+            seeds = seed, seed + OTHERS
+            score = self.stages.score(reward)
+            picks = self.stages.pick_best(model, score, recipe, *seeds, number - 1)
             write_json(folder / "picks.json", picks)
 
         return made
-
-    def _is_tagged(self, dialog: Dialog) -> bool:
-        return dialog[-1]["content"] in self.tagged
 
     def tune(
         self,
@@ -288,7 +175,7 @@ class Rounds:
             bags = [read_picks(bag) for bag in picks]
             kept = bags[0]
             if len(bags) > 1:
-                kept = best_of_all_rounds(bags, self.score(reward))
+                kept = best_of_all_rounds(bags, self.stages.score(reward))
             dialogs = [pick.dialog() for pick in kept]
             self.stages.fine_tune(folder, f"v{number}", model, dialogs, recipe)
 
@@ -301,18 +188,10 @@ class Rounds:
 
         @self.stages.stage(f"ppo{number}", asdict(recipe), inputs, "ppo", *MODULES)
         def made(folder: Path) -> None:
-            length = recipe.settings.max_new_tokens
-            train, held_out = (
-                PromptDataset(requests, self.tokenizer, CONTEXT, length, seed)
-                for requests in (
-                    self.requests(recipe.requests, seed + 2 * OTHERS),
-                    self.requests(recipe.batch_size, seed + 3 * OTHERS),
-                )
-            )
-            data = PromptDataModule(train, held_out, recipe.batch_size)
-            module = PPOModule(model.path, self.score(reward), recipe.settings, seed)
-            label, every = f"ppo{number}", min(10, recipe.iterations)
-            self.stages.train(folder, label, module, data, recipe.iterations, every)
+            seeds = seed, seed + 2 * OTHERS, seed + 3 * OTHERS
+            score = self.stages.score(reward)
+            label = f"ppo{number}"
+            self.stages.reinforce(folder, label, model, score, recipe, seeds)
 
         return made
 
@@ -323,7 +202,8 @@ class Rounds:
         other annotators.
         """
         recipe, start = self.recipe.general, self.start
-        config = {"recipe": asdict(recipe), "reward": asdict(self.recipe.reward)}
+        how = self.recipe.reward.helpfulness
+        config = {"recipe": asdict(recipe), "reward": asdict(how)}
 
         @self.stages.stage("general", config, [start], "reward", *MODULES)
         def made(folder: Path) -> None:
@@ -333,7 +213,8 @@ class Rounds:
                 write_json(path, [asdict(pair) for pair in self._general_pairs()])
             records: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
             pairs = [Preference(**record) for record in records]
-            self._train_reward(folder, "general", pairs[100:], pairs[:100])
+            own, held_out = pairs[100:], pairs[:100]
+            self.stages.train_reward(folder, "general", start, own, held_out, how)
 
         return made
 
@@ -361,15 +242,6 @@ class Rounds:
                 self.town, tasks, annotators, axis=axis, flaws=flaws, seed=seed
             )
         return pairs
-
-
-def read_pairs(artifacts: Sequence[Artifact], name: str) -> list[Preference]:
-    """Pairs of one kind, of several rounds."""
-    return [
-        Preference(**pair)
-        for made in artifacts
-        for pair in json.loads((made.path / f"{name}.json").read_text("utf-8"))
-    ]
 
 
 def read_picks(made: Artifact) -> list[Pick]:

@@ -69,7 +69,9 @@ Train a reward model on preference pairs, from a chat model.
   --data.validation_fraction X     of the prompts, to choose the best step by; and as
                            many to report on (0.1)
   --model.safety_weight X  of the auxiliary safety loss, where safety is known (0)
-  --model.token_weight X   of the ranking loss over all tokens of the answers (0)
+  --model.likelihood_weight X  of the least likely token's log-probability in the
+                           score (0)
+  --model.next_token_weight X  of the next-token loss that keeps it true (0)
   --model.peak_lr X        and weight_decay, clip_norm
 """,
     "reject": """\

@@ -20,7 +20,7 @@ from llama2_lite.generation import for_decoding
 from llama2_lite.model import Llama
 from llama2_lite.reward import RewardModel, answered, score_pairs
 from llama2_lite.rlhf import Version, accuracy_by_round, plan_rounds, run_rounds
-from llama2_lite.runtime.alignment import AlignmentRecipe, AlignmentStages
+from llama2_lite.runtime.alignment import AlignmentRecipe, AlignmentStages, read_pairs
 from llama2_lite.runtime.artifacts import Artifact, write_json
 from llama2_lite.runtime.gains import write_share
 from llama2_lite.runtime.judge import Evaluation, Share, Wins, share
@@ -29,7 +29,6 @@ from llama2_lite.runtime.rounds import (
     RewardModels,
     Rounds,
     RoundsRecipe,
-    read_pairs,
 )
 from llama2_lite.runtime.tour import Recipe, Stages, read_seconds
 from llama2_lite.runtime.training import prepare_process
