@@ -177,7 +177,8 @@ def tiny_rounds() -> dict:
         "refusals": 10,
         "held_out_requests": 40,
     }
-    recipe["reward"]["batch_size"] = 16
+    for how in recipe["reward"].values():
+        how["batch_size"] = 16
     recipe["rejection"] |= {"requests": 40, "batch_size": 8}
     recipe["ppo"] |= {"iterations": 2, "batch_size": 16, "requests": 64}
     recipe["ppo"]["settings"] |= {"minibatch_size": 8, "max_new_tokens": 48}
@@ -297,6 +298,18 @@ def test_rounds_on_the_command_line(capsys):
     assert "--rounds must be at least 1, but is 0" in capsys.readouterr().err
     assert main(["tour", "--rounds", "5", "--base-only"]) == 2
     assert "not allowed with" in capsys.readouterr().err
+    assert main(["tour", "--rounds-config", "x.yaml"]) == 2
+    assert "is the recipe of --rounds N: give both" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_recipe_is_found_before_anything_is_trained(tmp_path, capsys):
+    path = tmp_path / "rounds.yaml"
+    path.write_text(yaml.safe_dump(tiny_rounds() | {"round": 3}))
+    folder = tmp_path / "tour"
+    recipe = f"--rounds-config={path}"
+    assert main(["tour", f"--folder={folder}", "--rounds=2", recipe]) == 2
+    assert "there is no key 'round'" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_an_unknown_key_of_the_recipe_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 STEPS = 12
@@ -85,11 +86,17 @@ def train_and_die(
     train(data_folder, folder, **settings)
 
 
+def leave_with(function, *args) -> None:
+    """End the process with what a function returns, if that is an exit code."""
+    code = function(*args)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
 def in_process(function, *args) -> int:
     """Run a function in a process of its own and return the exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llama2_lite.runtime.training"])
-    process = context.Process(target=function, args=args)
+    process = context.Process(target=leave_with, args=(function, *args))
     process.start()
     process.join(120)
     assert process.exitcode is not None

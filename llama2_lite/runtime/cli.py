@@ -261,18 +261,21 @@ def run_tour(options: argparse.Namespace) -> None:
 
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, but is {options.rounds}")
-    tour(options.folder, seed=options.seed, recipe=options.config)
+    if options.rounds is None and options.rounds_config is not None:
+        raise ValueError("--rounds-config is the recipe of --rounds N: give both")
     if options.rounds is not None:
+        from llama2_lite.runtime.rounds import RoundsRecipe
         from llama2_lite.runtime.versions import tour_rounds
 
+        # a mistake in it is not to be found after minutes of training
+        recipe = RoundsRecipe.read(options.rounds_config)
+        tour(options.folder, seed=options.seed, recipe=options.config)
         tour_rounds(
-            options.folder,
-            options.rounds,
-            seed=options.seed,
-            base_recipe=options.config,
-            recipe=options.rounds_config,
+            options.folder, options.rounds, options.seed, options.config, recipe
         )
-    elif not options.base_only:
+        return
+    tour(options.folder, seed=options.seed, recipe=options.config)
+    if not options.base_only:
         from llama2_lite.runtime.alignment import finish_tour
 
         finish_tour(options.folder, options.seed, options.config)

@@ -228,18 +228,19 @@ def tour_rounds(
     n_rounds: int,
     seed: int = 0,
     base_recipe: str | Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: RoundsRecipe | None = None,
 ) -> dict[str, Any]:
     """Make versions of the tour's chat model, print what each is worth, and note it.
 
     The figures go to ``rounds/report.json``.
     """
     prepare_process()
+    recipe = recipe or RoundsRecipe.read()
     stages = Stages(folder, Recipe.read(base_recipe), seed)
     alignment = AlignmentStages(stages, AlignmentRecipe.read(), seed)
     start = alignment.sft()
     alignment.folder = stages.folder / "rounds"
-    report = make_rounds(alignment, start, n_rounds, RoundsRecipe.read(recipe))
+    report = make_rounds(alignment, start, n_rounds, recipe)
     made = sorted(alignment.folder.glob("*/seconds.json"))
     seconds = sum(read_seconds(path.parent) for path in made)
     report |= {"rounds": n_rounds, "minutes": seconds / 60, "seed": seed}
