@@ -361,6 +361,8 @@ def test_a_folder_with_another_run_is_left_alone(
     before = weights(folder)
     sentence = fails(*arguments(world, "sft", folder), "--model.peak_lr=0.5")
     assert "holds a run with model.peak_lr = 0.01, not 0.5" in sentence
+    for name in ("reward", "reject", "ppo", "gatt"):
+        assert "holds a run of `sft`;" in fails(*arguments(world, name, folder))
     assert weights(folder) == before
 
 

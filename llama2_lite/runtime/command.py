@@ -142,6 +142,7 @@ class TrainingCommand(LightningCLI):
         config = yaml.safe_load(self.parser.dump(self.config))
         keys = ("max_steps", "precision")
         kept = {
+            "command": self.name,
             "model": config["model"],
             "data": config["data"],
             "seed": config["seed"],
@@ -243,7 +244,9 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
     if found is not None and found != wanted and has_progress and not force:
         keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         what = f"with {keys[0]} = {found.get(keys[0])}, not {wanted.get(keys[0])}"
-        if keys[0].startswith("source."):
+        if keys[0] == "command":
+            what = f"of `{found.get('command')}`"
+        elif keys[0].startswith("source."):
             what = "on other files, or on files that have changed since"
         raise FileExistsError(
             f"{folder} holds a run {what}; choose another --output, or --force to "
