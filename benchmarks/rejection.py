@@ -335,21 +335,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         study = Study(model_folders(arguments.models), Path(name))
         small = study.pretrain_small()
-        for seed in arguments.seeds:
+        for number, seed in enumerate(arguments.seeds, 1):
             figures, picks, tuned = study.train_on_picks(seed)
             results["tuned"].append(figures)
+            if number == 1:
+                results |= study.best_of(tuned)
             results["small"].append(study.small(small, picks, seed))
             results["rounds"].append(study.rounds(picks, seed))
-        # of the last seed
-        results |= study.best_of(tuned)
-    write_result(
-        arguments.output,
-        config=CONFIG | {"tour": arguments.models is None},
-        seeds=arguments.seeds,
-        modules=MODULES,
-        script=__file__,
-        results=results,
-    )
+            write_result(
+                arguments.output,
+                config=CONFIG | {"tour": arguments.models is None},
+                seeds=arguments.seeds[:number],
+                modules=MODULES,
+                script=__file__,
+                results=results,
+            )
 
 
 if __name__ == "__main__":
