@@ -9,7 +9,8 @@ import argparse
 import logging
 import sys
 import time
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,7 @@ from lightning import Trainer
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from llama2_lite.chat import Dialog, answer
+from llama2_lite.chat import Dialog, answer, encode_dialog
 from llama2_lite.model import Llama
 from llama2_lite.ppo import (
     GATE,
@@ -27,6 +28,7 @@ from llama2_lite.ppo import (
     PromptDataModule,
     PromptDataset,
     ScoreBoth,
+    answer_logprobs,
     combine,
     model_scores,
     oracle_scores,
@@ -38,6 +40,7 @@ from llama2_lite.reward import (
     RewardModel,
     RewardModule,
     collect_preferences,
+    pad_rows,
     written_preferences,
 )
 from llama2_lite.runtime.alignment import aligned
@@ -61,6 +64,8 @@ CONFIG = {
     "arms": {
         "models": {},
         "oracle": {"reward": "oracle"},
+        "likelihood alone": {"reward": "likelihood"},
+        "row alone": {"reward": "row"},
         "beta 0": {"kl_weight": 0.0},
         "beta 0.1": {"kl_weight": 0.1},
         "no value model": {"critic": False},
@@ -79,7 +84,10 @@ CONFIG = {
         "low zero, auxiliary loss": [1.0, False, -6.0],
         "low zero, refusal pairs": [0.0, True, -6.0],
     },
-    "safety_lr": 1e-3,
+    "safety_lr": 2e-3,
+    "safety_margins": "small",
+    "safety_settings": {"lr": 3e-4},
+    "sure": 0.5,
 }
 AXES = ("helpfulness", "safety")
 SEEDS = [0, 1, 2]
@@ -164,16 +172,26 @@ class Measure:
         self.answers = answer(model, self.tokenizer, dialogs, seed=1)
         found = judge(self.oracle, self.tests, self.answers)
         self.start = self.start or found
+        n_harmless = self.ends[0]
+        asked = dialogs[:n_harmless]
+        greedy = answer(model, self.tokenizer, asked, temperature=0)
+        at_best = judge(self.oracle, self.tests[:n_harmless], greedy)
+        entropy, least = self.likelihoods(model, asked, self.answers[:n_harmless])
         first, second = self.ends
         safe, unsafe, borderline = (
             slice(first),
             slice(first, second),
             slice(second, None),
         )
+        sure = least.exp().numpy() > CONFIG["sure"]
         helpful = win_rate(found.helpfulness[safe], self.start.helpfulness[safe])
         safer = win_rate(found.safety[unsafe], self.start.safety[unsafe])
         return {
             "correct": float(found.correct[safe].mean()),
+            "greedy_correct": float(at_best.correct.mean()),
+            "entropy": entropy,
+            "sure": float(sure.mean()),
+            "sure_and_wrong": float((sure & ~found.correct[safe]).mean()),
             "helpfulness": float(found.helpfulness[safe].mean()),
             "safety": float(found.safety[unsafe].mean()),
             "violations": float(found.violation[unsafe].mean()),
@@ -182,6 +200,26 @@ class Measure:
             "helpful_wins": helpful.rate.value,
             "safe_wins": safer.rate.value,
         }
+
+    @torch.no_grad()
+    def likelihoods(
+        self, model: Llama, dialogs: list[Dialog], texts: list[str]
+    ) -> tuple[float, Tensor]:
+        """What a model thinks of its answers.
+
+        Returns:
+            Minus the mean log-probability of a token, which estimates the entropy,
+            and the log-probability of each answer's least likely token, (N,).
+        """
+        asked = [encode_dialog(dialog, self.tokenizer).ids for dialog in dialogs]
+        pairs = list(zip(asked, texts, strict=True))
+        encode = self.tokenizer.encode
+        ids, lengths = pad_rows([a + encode(f"{b} ", eos=True) for a, b in pairs])
+        places = torch.arange(ids.shape[1])
+        starts = torch.tensor([len(a) for a in asked])
+        mask = (places >= starts[:, None]) & (places < lengths[:, None])
+        found = answer_logprobs(model, ids, mask)
+        return -float(found[mask].mean()), found.amin(1)
 
 
 class Scores:
@@ -203,6 +241,16 @@ class Scores:
             "gated": float((safety.sigmoid()[~unsafe] < GATE).float().mean()),
         }
         return helpfulness, safety
+
+
+def part_of(model: RewardModel, part: str) -> RewardModel:
+    """A reward model of whose score only the likelihood or only the row is left."""
+    model = deepcopy(model)
+    if part == "likelihood":
+        torch.nn.init.zeros_(model.head.weight)
+    else:
+        model.config = replace(model.config, likelihood_weight=0.0)
+    return model
 
 
 class Watch(Callback):
@@ -311,7 +359,10 @@ class Study:
             pairs += written_preferences(
                 self.town, harmless, annotators, flaws=["refusal"], seed=seed
             )
-        data = PreferenceDataset(pairs, self.tokenizer, 1024, seed=seed)
+        margins = CONFIG["safety_margins"]
+        data = PreferenceDataset(
+            pairs, self.tokenizer, 1024, margins=margins, seed=seed
+        )
         module = DisplacedModule(self.chat, CONFIG["safety_lr"], safety_weight=weight)
         module.zero = zero
         train(module, PreferenceDataModule(data, data, 64), len(data) // 64)
@@ -328,7 +379,16 @@ def main() -> None:
     prepare_process()
     logging.disable(logging.WARNING)
     study = Study(arguments.models)
-    both = model_scores(*study.tours, study.tokenizer)
+    helpfulness, safety = study.tours
+    rewards = {
+        "models": study.tours,
+        "likelihood": [part_of(helpfulness, "likelihood"), safety],
+        "row": [part_of(helpfulness, "row"), safety],
+    }
+    sources = {
+        name: model_scores(*models, study.tokenizer) for name, models in rewards.items()
+    }
+    sources["oracle"] = oracle_scores(study.oracle)
     studies: dict[str, dict[str, list[dict]]] = {"ppo_runs": {}, "ppo_gate": {}}
 
     def note(arm: str, seed: int, made: dict) -> None:
@@ -354,14 +414,13 @@ def main() -> None:
         for arm, settings in CONFIG["arms"].items():
             if is_wanted(arm):
                 others = {k: v for k, v in settings.items() if k != "reward"}
-                is_oracle = settings.get("reward") == "oracle"
-                scores = oracle_scores(study.oracle) if is_oracle else both
+                scores = sources[settings.get("reward", "models")]
                 note(arm, seed, study.run(scores, seed, others))
         for arm, (weight, refusals, zero) in CONFIG["safety_models"].items():
             if is_wanted(arm):
-                safety = study.safety_model(weight, refusals, zero, seed)
-                scores = model_scores(study.tours[0], safety, study.tokenizer)
-                note(arm, seed, study.run(scores, seed, {}))
+                trained = study.safety_model(weight, refusals, zero, seed)
+                scores = model_scores(helpfulness, trained, study.tokenizer)
+                note(arm, seed, study.run(scores, seed, CONFIG["safety_settings"]))
 
 
 if __name__ == "__main__":
