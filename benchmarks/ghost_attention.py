@@ -1,11 +1,13 @@
 """Does an instruction hold for twenty turns? `python benchmarks/ghost_attention.py`.
 
-The tour's model before Ghost Attention is trained as the tour does it, and in another
-way that chapter 16 compares with it. Each is then asked, told once, to obey in
+The tour's model before Ghost Attention is trained as the tour does it, and in other
+ways that chapter 16 compares with it. Each is then asked, told once, to obey in
 dialogues of held-out requests: instructions that it was trained on, two of them at a
-time, and others.
+time, and others. Seeds differ in everything from there on: in the dialogues to learn,
+their replies, the training and the dialogues of the test.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +18,7 @@ from typing import Any
 
 from lightning import Trainer
 
+from llama2_lite.generation import for_decoding
 from llama2_lite.ghost_attention import (
     GhostAttentionModule,
     GhostDataset,
@@ -34,12 +37,13 @@ from llama2_lite.runtime.artifacts import write_result
 from llama2_lite.runtime.batches import Served
 from llama2_lite.runtime.ghost import (
     GhostRecipe,
+    drop_unsafe,
     ghost_data,
     read_ghosts,
     sample_ghosts,
 )
 from llama2_lite.runtime.judge import Evaluation
-from llama2_lite.runtime.training import TRAINER_DEFAULTS, precision
+from llama2_lite.runtime.training import TRAINER_DEFAULTS, precision, prepare_process
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import SystemInstruction, build_town, system_instructions
 
@@ -49,8 +53,8 @@ CONFIG: dict[str, Any] = {
     "length": 900,
     "kinds": ["fact", "sum", "opposite"],
 }
-SEEDS = [0]
-SHAPES = ("all learned",)
+SEEDS = [0, 1, 2]
+SHAPES = ("never", "all learned")
 OUTPUT = Path(__file__).parents[1] / "book" / "results" / "ghost_attention.json"
 TOWN = build_town()
 
@@ -60,7 +64,8 @@ class Shaped(GhostDataset):
 
     Args:
         shape: with "never" and "all learned", the dialogue never goes on from a reply
-            that obeys; with the latter, its own answers are learned too.
+            that obeys; with the latter, its own answers are learned too, which had
+            been told nothing.
     """
 
     def __init__(self, shape: str, *args: Any, **options: Any):
@@ -116,7 +121,7 @@ def obeyed(
 ) -> list[list[int]]:
     """For each turn: how many answers obeyed, of how many."""
     with precision():
-        answers = converse(model, tokenizer, visits, seed=seed)
+        answers = converse(for_decoding(model), tokenizer, visits, seed=seed)
     return [list(counts) for counts in count_obeyed(visits, answers)]
 
 
@@ -124,7 +129,7 @@ def alone(model: Llama, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
     """What answers to single requests, without instruction, are worth."""
     evaluation = Evaluation(TOWN, seed)
     with precision():
-        answers = evaluation.answers(model, tokenizer)
+        answers = evaluation.answers(for_decoding(model), tokenizer)
     return dict(evaluation.figures(evaluation.judge(answers)))
 
 
@@ -141,7 +146,8 @@ def study(stages: AlignmentStages, seed: int) -> dict[str, Any]:
     if is_tour:
         ghosts = read_ghosts(stages.chat().path)
     else:
-        ghosts = sample_ghosts(before, tokenizer, TOWN, recipe, seed)
+        sampled = sample_ghosts(for_decoding(before), tokenizer, TOWN, recipe, seed)
+        ghosts = drop_unsafe(sampled, stages.score_both())
 
     def data(kind: Callable[..., GhostDataset] = GhostDataset) -> Served:
         return ghost_data(ghosts, tokenizer, recipe, seed, kind)
@@ -172,19 +178,24 @@ def study(stages: AlignmentStages, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file")
+    arguments = parser.parse_args()
+    prepare_process()
     stages = aligned()
-    results = {}
-    for seed in SEEDS:
+    results: dict[str, Any] = {}
+    for seed in arguments.seeds:
         results[str(seed)] = study(stages, seed)
         print(seed, results[str(seed)], file=sys.stderr, flush=True)
-    write_result(
-        OUTPUT,
-        config=CONFIG | {"recipe": asdict(stages.recipe.chat)},
-        seeds=SEEDS,
-        modules=["town", "model", "generation", "chat", "sft", "ghost_attention"],
-        script=__file__,
-        results=results,
-    )
+        write_result(
+            arguments.output,
+            config=CONFIG | {"recipe": asdict(stages.recipe.chat)},
+            seeds=list(map(int, results)),
+            modules=["town", "model", "generation", "chat", "sft", "ghost_attention"],
+            script=__file__,
+            results=results,
+        )
 
 
 if __name__ == "__main__":
