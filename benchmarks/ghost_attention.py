@@ -49,7 +49,7 @@ from llama2_lite.town import SystemInstruction, build_town, system_instructions
 
 CONFIG: dict[str, Any] = {
     "tests": {"trained on": 44, "not trained on": 56, "two at a time": 44},
-    "turns": 20,
+    "turns": {"trained on": 20, "not trained on": 20, "two at a time": 10},  # that fit
     "length": 900,
     "kinds": ["fact", "sum", "opposite"],
 }
@@ -109,9 +109,11 @@ def all_visits(tokenizer: Tokenizer, seed: int) -> dict[str, list[Visit]]:
         "not trained on": system_instructions("held_out"),
         "two at a time": list(islice(pairs, tests["two at a time"])),
     }
-    size = CONFIG["turns"], CONFIG["length"]
+    turns, length = CONFIG["turns"], CONFIG["length"]
     return {
-        test: plan_visits(tokenizer, tasks, told_of[test], n, *size, seed=seed)
+        test: plan_visits(
+            tokenizer, tasks, told_of[test], n, turns[test], length, seed=seed
+        )
         for test, n in tests.items()
     }
 
