@@ -1,8 +1,8 @@
 """Five rounds of RLHF, and what makes them work: `python benchmarks/rlhf.py`.
 
 Each run starts from the tour's fine-tuned model. An arm differs from the first in one
-thing: the reward models, the pairs that they learn from, or where a version starts.
-Chapter 17 shows the versions.
+thing: the reward models, or the pairs that they learn from. Chapter 17 shows the
+versions.
 """
 
 import argparse
@@ -61,19 +61,6 @@ class NotFresh(Rounds):
         return super().collect(number, self.start)
 
 
-class Restart(Rounds):
-    """Each version starts again from the first model."""
-
-    def tune(
-        self,
-        number: int,
-        model: Artifact,
-        picks: Sequence[Artifact],
-        reward: RewardModels,
-    ) -> Artifact:
-        return super().tune(number, self.start, picks, reward)
-
-
 class Scalar(Rounds):
     """The paper's reward for helpfulness: a scalar head that reads no likelihoods."""
 
@@ -91,7 +78,6 @@ ARMS: dict[str, type[Rounds]] = {
     "scalar": Scalar,
     "stale": Stale,
     "not fresh": NotFresh,
-    "restart": Restart,
 }
 FIRST = ("pairs1", "helpfulness1", "safety1", "picks1", "v1", "general")
 
