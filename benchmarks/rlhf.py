@@ -1,8 +1,7 @@
 """Five rounds of RLHF, and what makes them work: `python benchmarks/rlhf.py`.
 
-Each run starts from the tour's fine-tuned model. An arm differs from the first in one
-thing: the reward models, or the pairs that they learn from. Chapter 17 shows the
-versions.
+Each run starts from the tour's fine-tuned model. An arm differs from the first in its
+reward models alone. Chapter 17 shows the versions.
 """
 
 import argparse
@@ -54,13 +53,6 @@ class Stale(Rounds):
         return super().learn(1, pairs[:1])
 
 
-class NotFresh(Rounds):
-    """As many new pairs in each round, but of answers of the first model."""
-
-    def collect(self, number: int, model: Artifact) -> Artifact:
-        return super().collect(number, self.start)
-
-
 class Scalar(Rounds):
     """The paper's reward for helpfulness: a scalar head that reads no likelihoods."""
 
@@ -77,7 +69,6 @@ ARMS: dict[str, type[Rounds]] = {
     "fresh": Rounds,
     "scalar": Scalar,
     "stale": Stale,
-    "not fresh": NotFresh,
 }
 FIRST = ("pairs1", "helpfulness1", "safety1", "picks1", "v1", "general")
 
