@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from llama2_lite.runtime.stopping import Watch
 
 START_SECONDS = "LLAMA2_LITE_START_SECONDS"
 
@@ -27,17 +30,23 @@ def waiting_for_all() -> Iterator[None]:
         f"this address. {START_SECONDS} changes how long they wait\n"
     )
 
-    def give_up() -> None:
-        os.write(2, line.encode())
-        os._exit(2)
+    met = threading.Event()
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
+    def give_up() -> None:
+        deadline = time.monotonic() + seconds
+        while not met.wait(0.2):
+            # connecting does not notice a signal, and nothing was begun yet
+            if Watch.signal and not met.wait(2):
+                os._exit(0)
+            if time.monotonic() > deadline:
+                os.write(2, line.encode())
+                os._exit(2)
+
+    threading.Thread(target=give_up, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        met.set()
 
 
 def join_attempt(backend: str, timeout: timedelta | None, device: torch.device) -> None:
