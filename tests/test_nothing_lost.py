@@ -4,8 +4,11 @@ import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_training import in_process
 
 from llama2_lite.runtime.cli import main
-from llama2_lite.runtime.start import START_SECONDS
+from llama2_lite.runtime.start import START_SECONDS, WAITING
 
 path = Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py"
 spec = importlib.util.spec_from_file_location("kills", path)
@@ -309,3 +312,28 @@ def test_a_process_whose_others_never_come_gives_up(
     assert sentence.startswith(
         "error: 1 seconds after the start not all 2 processes have met at 127.0.0.1; "
     )
+
+
+def be_stopped_alone(arguments: list[str], log: Path, rank: int) -> None:
+    """Get a signal when the process waits for another one, which never comes."""
+
+    def interrupt() -> None:
+        while all(thread.name != WAITING for thread in threading.enumerate()):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    environment = {**kills.as_torchrun_does(2)[rank], START_SECONDS: "60"}
+    kills.run_command([*arguments, "--trainer.devices=2"], log, environment)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_others_obeys_a_signal(
+    world: Path, tmp_path: Path, rank: int
+) -> None:
+    arguments, log = kills.arguments(world, "sft", tmp_path / "run"), tmp_path / "log"
+    assert in_process(be_stopped_alone, arguments, log, rank) == 0
+    assert "error:" not in log.read_text()
+    if rank == 0:
+        sentence = "stopped; the same command goes on from here"
+        assert log.read_text().splitlines()[-1] == sentence

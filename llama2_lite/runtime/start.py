@@ -14,13 +14,15 @@ import torch.distributed as dist
 from llama2_lite.runtime.stopping import Watch
 
 START_SECONDS = "LLAMA2_LITE_START_SECONDS"
+WAITING = "waiting for the other processes"  # name of a thread
 
 
 @contextmanager
 def waiting_for_all() -> Iterator[None]:
-    """End the process if the others have not come after five minutes.
+    """End the process at a signal, or if the others have not come after five minutes.
 
-    PyTorch would wait for half an hour, and then say that a key was not set.
+    PyTorch would not notice the signal, would wait for half an hour, and then say that
+    a key was not set.
     """
     seconds = float(os.environ.get(START_SECONDS, "300"))
     size, place = (os.environ.get(name, "?") for name in ("WORLD_SIZE", "MASTER_ADDR"))
@@ -29,20 +31,20 @@ def waiting_for_all() -> Iterator[None]:
         f"at {place}; one of them may have failed, see what it says, or cannot reach "
         f"this address. {START_SECONDS} changes how long they wait\n"
     )
-
     met = threading.Event()
 
     def give_up() -> None:
         deadline = time.monotonic() + seconds
         while not met.wait(0.2):
-            # connecting does not notice a signal, and nothing was begun yet
-            if Watch.signal and not met.wait(2):
+            if Watch.signal and not met.wait(2):  # nothing was begun that could be lost
+                if os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"\nstopped; the same command goes on from here\n")
                 os._exit(0)
             if time.monotonic() > deadline:
                 os.write(2, line.encode())
                 os._exit(2)
 
-    threading.Thread(target=give_up, daemon=True).start()
+    threading.Thread(target=give_up, name=WAITING, daemon=True).start()
     try:
         yield
     finally:
