@@ -184,6 +184,14 @@ def test_a_finished_run_says_the_same_again(
     assert (weights(folder), (folder / "result.json").read_text()) == before
 
 
+def test_ppo_samples_from_the_policy_itself_as_from_a_copy(
+    finished: dict[str, Path], world: Path, tmp_path: Path
+) -> None:
+    given = arguments(world, "ppo", tmp_path / "own")
+    assert main([*given, "--model.rollout=unshard"]) == 0
+    assert weights(tmp_path / "own") == weights(finished["ppo"])
+
+
 def run_and_die(arguments: list[str], module: str, function: str, nth: int) -> None:
     """Be killed at the n-th call of a function."""
     import importlib

@@ -3,16 +3,19 @@
 Each starts from a model folder and files of one's own, and leaves a model folder.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from llama2_lite.chat import Dialog, answer
 from llama2_lite.ghost_attention import GhostAttentionModule
+from llama2_lite.generation import generate
 from llama2_lite.model import Llama
-from llama2_lite.ppo import PPOModule, PPOSettings
+from llama2_lite.ppo import PPOModule, PPOSettings, Prompt
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
@@ -26,6 +29,7 @@ from llama2_lite.runtime.file_data import (
     folder_stamps,
 )
 from llama2_lite.runtime.rewards import check_reward_models, open_reward
+from llama2_lite.runtime.rollouts import unsharded
 from llama2_lite.runtime.sampled_data import GhostData, RejectionData
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, KeepBest
 from llama2_lite.sft import SupervisedModule
@@ -186,6 +190,8 @@ class RewardedPPO(PPOModule):
         helpfulness, safety: folders of the reward models; one may be left out.
         settings: see `llama2_lite.ppo.PPOSettings`.
         seed: of the answers and of the order of the minibatches.
+        rollout: what answers: a whole copy of the policy in fp32 on each device, or,
+            where that does not fit, unshard: the policy itself, see `unsharded`.
     """
 
     def __init__(
@@ -195,14 +201,35 @@ class RewardedPPO(PPOModule):
         safety: str | None = None,
         settings: PPOSettings = SETTINGS,
         seed: int = 0,
+        rollout: Literal["copy", "unshard"] = "copy",
     ):
         super().__init__(folder, self.no_reward, settings, seed)
+        self.rollout = rollout
         self.reward_folders = check_reward_models(helpfulness, safety, folder)
         self.helpfulness, self.safety = helpfulness, safety
 
     def no_reward(self, prompts: list[Dialog], answers: list[str]) -> Tensor:
         """Stands for the reward until there is one."""
         raise RuntimeError("the reward models are opened when training starts")
+
+    def sample(
+        self, prompts: list[Prompt], seed: int, rows: Sequence[int] | None = None
+    ) -> tuple[list[list[int]], list[str], Tensor]:
+        """Answers to prompts, see `PPOModule.sample`."""
+        if self.rollout == "copy":
+            return super().sample(prompts, seed, rows)
+        no_autocast = torch.autocast(self.device.type, enabled=False)
+        with no_autocast, unsharded(self.model) as policy:
+            drawn = generate(
+                policy,
+                [prompt.ids for prompt in prompts],
+                max_new_tokens=self.settings.max_new_tokens,
+                stop_ids=[self.tokenizer.eos_id],
+                seed=seed,
+                rows=rows,
+            )
+        texts = [self.tokenizer.decode(ids).strip() for ids in drawn.ids]
+        return drawn.ids, texts, torch.tensor(drawn.finished, device=self.device)
 
     def on_fit_start(self) -> None:
         """Open the reward models; in a function, they stay out of the checkpoints."""
