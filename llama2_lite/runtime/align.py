@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from llama2_lite.chat import Dialog, answer
-from llama2_lite.ghost_attention import GhostAttentionModule
 from llama2_lite.generation import generate
+from llama2_lite.ghost_attention import GhostAttentionModule
 from llama2_lite.model import Llama
 from llama2_lite.ppo import PPOModule, PPOSettings, Prompt
 from llama2_lite.pretraining import LayOut, on_one_device
