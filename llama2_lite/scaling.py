@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
@@ -256,12 +256,18 @@ def share_products(model: nn.Module, mesh: DeviceMesh) -> None:
     }
     for llama in find_llamas(model):
         parallelize_module(llama, mesh, plan)
+        llama.tok_embeddings.register_forward_hook(_arrived)
         if llama.config.tie_embeddings:
             llama.output.weight = llama.tok_embeddings.weight
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if own and not isinstance(own[0], DTensor):
             distribute_module(module, mesh, input_fn=_enter, output_fn=_leave)
+
+
+def _arrived(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Wait for a sum; a compiled block gives one on its way no gradient."""
+    return output.clone()
 
 
 def find_llamas(model: nn.Module) -> list[Llama]:
@@ -302,14 +308,16 @@ def lay_out(
     is_hybrid = mesh["replicate"].size() > 1
     data = mesh["replicate", "shard"] if is_hybrid else mesh["shard"]
     shard = partial(fully_shard, mesh=data, mp_policy=policy)
-    if mesh["tensor"].size() > 1:
+    is_shared = mesh["tensor"].size() > 1
+    if is_shared:
         share_products(model, mesh["tensor"])
     for llama in find_llamas(model):
         for block in llama.layers:
             if layout.checkpoint_activations:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if layout.compile:
-                block.compile()
+                # DTensor's backward pass cannot have sizes that are symbols
+                block.compile(dynamic=False if is_shared else None)
             shard(block)
     shard(model)
     model.to_empty(device=mesh.device_type)

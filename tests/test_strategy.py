@@ -79,6 +79,7 @@ def by_two(folder: Path, by_four: Any, alone: Any) -> dict[str, Any]:
         "from copies": ("pretraining", Layout(), {"resume": both}),
         "from one": ("pretraining", Layout(shard=1), {"resume": one}),
         "compiled": ("pretraining", compiled, {}),
+        "tensor compiled": ("pretraining", Layout(tensor=2, compile=True), {}),
     }
     return run_cases(2, folder, cases)
 
@@ -95,8 +96,9 @@ def test_parts_of_a_batch_are_the_batch(folder, alone, by_four):
     assert_same(outcome("sft", folder, accumulate_grad_batches=2), alone["sft"])
 
 
-def test_compiled_and_recomputed_is_the_same(alone, by_two):
-    assert_same(by_two["compiled"], alone["pretraining"])
+@pytest.mark.parametrize("case", ["compiled", "tensor compiled"])
+def test_compiled_is_the_same(case, alone, by_two):
+    assert_same(by_two[case], alone["pretraining"])
 
 
 def last_losses(found: Any) -> Any:
