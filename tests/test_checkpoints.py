@@ -7,14 +7,25 @@ import os
 import pickle
 import random
 import signal
+import socket
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_training
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
-from tiny_training import KILLED, STEPS, in_process, train, train_and_die, write_data
+from tiny_training import (
+    KILLED,
+    STEPS,
+    in_process,
+    spawn,
+    train,
+    train_and_die,
+    write_data,
+)
 
 from llama2_lite.runtime import checkpoints
 from llama2_lite.runtime.checkpoints import (
@@ -25,6 +36,7 @@ from llama2_lite.runtime.checkpoints import (
     find_damage,
     newest_checkpoint,
 )
+from llama2_lite.runtime.convert import convert
 
 
 def test_state_comes_back_as_it_was(tmp_path):
@@ -129,6 +141,128 @@ def test_damaged_ones_are_named_and_skipped(three, damage, message):
 def test_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "missing") is None
+
+
+def read_for_checksums(monkeypatch):
+    """Files whose checksums are made from now on, as a list that grows."""
+    files, checksum = [], checkpoints._checksum
+
+    def noted(path):
+        files.append(f"{path.parent.name}/{path.name}")
+        if (path.parent / "broken").exists() and path.suffix == ".safetensors":
+            raise OSError(5, "Input/output error", str(path))
+        return checksum(path)
+
+    monkeypatch.setattr(checkpoints, "_checksum", noted)
+    return files
+
+
+def files_of(*paths):
+    names = ("state.json", "tensors.safetensors")
+    return sorted(f"{path.name}/{name}" for path in paths for name in names)
+
+
+def test_each_file_is_read_once_to_convert(three, tmp_path, monkeypatch):
+    read = read_for_checksums(monkeypatch)
+    for source, chosen in ((tmp_path, three[2]), (three[0], three[0])):
+        with pytest.raises(ValueError, match=f"{chosen} does not say what kind"):
+            convert(source, tmp_path / "model")
+        assert sorted(read) == files_of(chosen)
+        read.clear()
+    flip(three[0])
+    with pytest.raises(ValueError, match="step-00000009 has a tensors"):
+        convert(three[0], tmp_path / "model")
+
+
+def test_what_was_found_whole_is_not_read_again(three, monkeypatch):
+    read = read_for_checksums(monkeypatch)
+    reader = SafeCheckpointIO()
+    reader.whole = three[2]
+    reader.load_checkpoint(three[2])
+    assert read == []
+    reader.load_checkpoint(three[1])
+    assert sorted(read) == files_of(three[1])
+
+
+def choose_as_one_of(rank, port, folder, log):
+    """Choose a checkpoint with another process; note how, and what this one reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        read = read_for_checksums(patch)
+        dist.init_process_group(
+            "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                chosen = newest_checkpoint(folder)
+            except (ValueError, OSError) as error:
+                chosen = error
+        noted = [str(chosen), read, [str(warning.message) for warning in said]]
+    log.write_text(json.dumps(noted))
+
+
+def choose_by_two(folders, log):
+    """What each of two processes finds in its folder, reads and says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [log / f"{rank}.log" for rank in range(2)]
+    processes = [
+        spawn(choose_as_one_of, rank, port, folders[rank], logs[rank])
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return zip(*(json.loads(path.read_text()) for path in logs), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "n_read"),
+    [
+        (None, "", 2),
+        (flip, "tensors.safetensors that does not match its checksum", 4),
+        (cut, "bytes of tensors.safetensors instead of", 3),
+        (lambda path: (path / "tensors.safetensors").unlink(), "lacks tensors", 3),
+        (garble, "is not complete", 2),
+    ],
+)
+def test_two_processes_choose_as_one_and_read_each_file_once(
+    three, tmp_path_factory, damage, words, n_read
+):
+    if damage:
+        damage(three[2])
+    folder, log = three[0].parent, tmp_path_factory.mktemp("log")
+    chosen, read, said = choose_by_two([folder, folder], log)
+    assert chosen == (str(three[1 if damage else 2]),) * 2
+    assert (len(said[0]), len(said[1])) == (damage is not None, 0)
+    for line in said[0]:
+        assert line.startswith(f"skipped: the checkpoint {three[2]} ")
+        assert words in line
+    assert len(read[0]) + len(read[1]) == n_read
+    assert len({*read[0], *read[1]}) == n_read
+    # the tensors, which are damaged, are seen to by the second process
+    assert {Path(name).name for name in read[0]} == {"state.json"}
+    assert {Path(name).name for name in read[1]} == {"tensors.safetensors"}
+
+
+def test_processes_that_do_not_share_a_disk_are_told(three, tmp_path_factory):
+    log, other = tmp_path_factory.mktemp("log"), tmp_path_factory.mktemp("other")
+    three[1].rename(other / three[1].name)
+    chosen, _, _ = choose_by_two([three[0].parent, other], log)
+    sentence = (
+        "is step-00000100 for process 0, but step-00000010 for process 1: "
+        "the folder of the run must be on a disk that all share"
+    )
+    assert [sentence in line for line in chosen] == [True, True]
+
+
+def test_a_disk_that_fails_one_process_is_an_error_of_all(three, tmp_path_factory):
+    (three[2] / "broken").touch()
+    folder, log = three[0].parent, tmp_path_factory.mktemp("log")
+    chosen, _, said = choose_by_two([folder, folder], log)
+    assert ["Input/output error" in line for line in chosen] == [True, True]
+    assert said == ([], [])  # nothing was skipped
 
 
 class Bomb:
@@ -239,6 +373,19 @@ def test_killed_again_and_again(data, whole, tmp_path):
     assert in_process(train, data, tmp_path) == 0
     assert outcome(tmp_path) == whole
     assert in_process(train, data, tmp_path) == 0  # finished: nothing is left to do
+    assert outcome(tmp_path) == whole
+
+
+def test_a_run_that_begins_anew_keeps_what_it_saves(data, whole, tmp_path):
+    assert in_process(train, data, tmp_path) == 0
+    for path in (tmp_path / "checkpoints").iterdir():
+        flip(path)
+    died = in_process(train_and_die, data, tmp_path, "complete_checkpoint", 3, {})
+    assert died == KILLED
+    with pytest.warns(UserWarning, match="skipped"):
+        newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest == tmp_path / "checkpoints" / "step-00000006"
+    assert in_process(train, data, tmp_path) == 0
     assert outcome(tmp_path) == whole
 
 

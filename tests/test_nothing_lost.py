@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_training import in_process
+from tiny_training import in_process, spawn
 
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.start import START_SECONDS, WAITING
@@ -113,6 +113,91 @@ def test_without_any_whole_checkpoint_a_run_begins_anew(
     assert err.count("is not complete") == 3
     assert "continuing" not in err
     assert kills.outcome(run) == kills.outcome(whole[name])
+
+
+def resume_noting(
+    arguments: list[str], log: Path, rank: dict[str, str], notes: Path
+) -> None:
+    """Run a command as one process of several; note what it reads for checksums."""
+    from llama2_lite.runtime import checkpoints
+
+    checksum = checkpoints._checksum
+
+    def noted(path: Path) -> str:
+        if path.parent.suffix != ".partial":  # which is written, not read
+            with notes.open("a") as file:
+                file.write(f"{path.parent.name}/{path.name}\n")
+        return checksum(path)
+
+    checkpoints._checksum = noted
+    kills.run_command(arguments, log, rank)
+
+
+def by_two(arguments: list[str], folder: Path) -> tuple[str, list[list[str]]]:
+    """Run a command by two processes: what they say, and what each of them reads."""
+    log = folder / "log"
+    notes = [folder / f"{rank}.notes" for rank in range(2)]
+    command = [*arguments, "--trainer.devices=2", "--keep_checkpoints=3"]
+    processes = [
+        spawn(resume_noting, command, log, environment, file)
+        for environment, file in zip(kills.as_torchrun_does(2), notes, strict=True)
+    ]
+    for process in processes:
+        process.join(100)
+    said = log.read_text()
+    log.unlink()
+    assert [process.exitcode for process in processes] == [0, 0], said
+    read = [file.read_text().split() if file.exists() else [] for file in notes]
+    for file in notes:
+        file.unlink(missing_ok=True)
+    return said, read
+
+
+@pytest.fixture(scope="module")
+def sharded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, each of which has half of the model."""
+    folder = tmp_path_factory.mktemp("sharded")
+    by_two(kills.arguments(world, "pretrain", folder / "run"), folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("n_damaged", "expected"),
+    [
+        (0, [f"continuing from step {kills.STEPS}"]),
+        (1, [f"continuing from step {kills.STEPS - 2}"]),
+        (3, []),
+    ],
+)
+def test_two_processes_look_for_damage_together(
+    world: Path, sharded: Path, tmp_path: Path, n_damaged: int, expected: list[str]
+) -> None:
+    run = shutil.copytree(sharded, tmp_path / "run")
+    if n_damaged:  # otherwise no step is left, and the model is not made again
+        shutil.rmtree(run / "model")
+    newest_first = sorted((run / "checkpoints").iterdir(), reverse=True)
+    for path in newest_first[:n_damaged]:
+        (shard,) = path.glob("shard-00002-*")  # the second file
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 16
+        shard.write_bytes(data)
+    looked_at = [
+        f"{path.name}/{file.name}"
+        for path in newest_first[: n_damaged + 1]
+        for file in path.iterdir()
+        if file.name != "complete.json"
+    ]
+    said, read = by_two(kills.arguments(world, "pretrain", run), tmp_path)
+    assert sorted(read[0] + read[1]) == sorted(looked_at)
+    assert all("/shard-00001-" in name or "/state" in name for name in read[0])
+    assert all("/shard-00002-" in name for name in read[1])
+    skipped = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(skipped) == n_damaged
+    for path, line in zip(newest_first, skipped, strict=False):
+        assert line.startswith(f"warning: skipped: the checkpoint {path} has a shard-")
+    goes_on = [line for line in said.splitlines() if "continuing" in line]
+    assert goes_on == expected
+    assert kills.outcome(run) == kills.outcome(sharded)
 
 
 def namespace(command: list[str]) -> bool:

@@ -92,12 +92,18 @@ def leave_with(function, *args) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def in_process(function, *args) -> int:
-    """Run a function in a process of its own and return the exit code."""
+def spawn(function, *args):
+    """A process that has begun to run a function, and exits with its code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llama2_lite.runtime.training"])
     process = context.Process(target=leave_with, args=(function, *args))
     process.start()
+    return process
+
+
+def in_process(function, *args) -> int:
+    """Run a function in a process of its own and return the exit code."""
+    process = spawn(function, *args)
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode

@@ -28,7 +28,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,7 +41,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from llama2_lite.runtime.processes import from_all, in_first, is_first
+from llama2_lite.runtime.processes import (
+    from_all,
+    in_all,
+    in_first,
+    is_first,
+    own_share,
+)
 
 TENSORS, STATE, COMPLETE = "tensors.safetensors", "state.json", "complete.json"
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
@@ -59,9 +64,11 @@ class SafeCheckpointIO(CheckpointIO):
 
     Attributes:
         module: what checkpoints are loaded into, if they have to be of this model.
+        whole: the checkpoint that `newest_checkpoint` gave, not to be read once more.
     """
 
     module: LightningModule | None = None
+    whole: Path | None = None
 
     def save_checkpoint(
         self,
@@ -109,7 +116,7 @@ class SafeCheckpointIO(CheckpointIO):
         path = Path(path)
         if path.is_file():
             raise ValueError(f"{path} is not a folder; pickles are not opened here")
-        if damage := in_first(lambda: find_damage(path)):
+        if path != self.whole and (damage := find_damage(path)):
             raise ValueError(f"the checkpoint {path} {damage}")
         state = json.loads((path / STATE).read_text("utf-8"))
         if self.module is not None:
@@ -337,45 +344,98 @@ def _checksum(path: Path) -> str:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as the end of a sentence; None if nothing is."""
-    try:
-        files = json.loads((path / COMPLETE).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    """What is wrong with a checkpoint, as the end of a sentence; None if nothing is.
+
+    All processes of a run call this: each reads its share of the files.
+    """
+    files = in_first(lambda: listed_files(path))
+    if files is None:
         return "is not complete"
     if STATE not in files:
         return f"lacks {STATE}"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"lacks {name}"
-        if file.stat().st_size != expected["bytes"]:
-            size = file.stat().st_size
-            return f"has {size} bytes of {name} instead of {expected['bytes']}"
-        if _checksum(file) != expected["sha256"]:
-            return f"has a {name} that does not match its checksum"
+
+    names = own_share(sorted(files))  # the shards, which take long, come first
+
+    def in_share() -> str | None:
+        return next(filter(None, (damage_of(path / n, files[n]) for n in names)), None)
+
+    return next(filter(None, in_all(in_share)), None)
+
+
+def listed_files(path: Path) -> dict[str, Any] | None:
+    """Size and checksum of each file of a checkpoint, if it is complete."""
+    try:
+        files: dict[str, Any] = json.loads((path / COMPLETE).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return files
+
+
+def damage_of(file: Path, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint, as in `find_damage`."""
+    if not file.is_file():
+        return f"lacks {file.name}"
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        return f"has {size} bytes of {file.name} instead of {expected['bytes']}"
+    if _checksum(file) != expected["sha256"]:
+        return f"has a {file.name} that does not match its checksum"
     return None
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint in a folder; warns of each that is not.
 
+    All processes of a run call this, once they are connected, and find the same.
+
     Raises:
-        ValueError: if there is a pickle among the checkpoints.
+        ValueError: if there is a pickle among the checkpoints, or if the processes do
+            not look into the same folder.
     """
     folder = Path(folder)
+    in_first(lambda: refuse_pickles(folder))
+    for path in sorted(list_checkpoints(folder), reverse=True):
+        damage = "is not complete" if path.suffix else find_damage(path)
+        if damage is None:
+            return path
+        if is_first():
+            warnings.warn(f"skipped: the checkpoint {path} {damage}", stacklevel=2)
+    return None
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Make sure that there are none among the checkpoints in a folder.
+
+    Raises:
+        ValueError: if there is one.
+    """
     for file in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
         if file.suffix in PICKLES:
             raise ValueError(
                 f"{file} is a pickle, which can run any code when it is opened; "
                 "checkpoints here are safetensors and JSON. Move it away"
             )
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        damage = "is not complete" if path.suffix else find_damage(path)
-        if damage is None:
-            return path
-        if rank_zero_only.rank == 0:
-            warnings.warn(f"skipped: the checkpoint {path} {damage}", stacklevel=2)
-    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, complete or not, as the first process sees them.
+
+    Raises:
+        ValueError: if the newest is another one for another process.
+    """
+    found = in_all(lambda: list(folder.glob("step-*")))
+    newest = [
+        max((path.name for path in paths if not path.suffix), default="none")
+        for paths in found
+    ]
+    for number, name in enumerate(newest):
+        if name != newest[0]:
+            raise ValueError(
+                f"the newest checkpoint in {folder} is {newest[0]} for process 0, but "
+                f"{name} for process {number}: the folder of the run must be on a disk "
+                "that all share"
+            )
+    return found[0]
 
 
 def step_of(path: Path) -> int:
@@ -486,7 +546,9 @@ class Checkpoints(Checkpoint):
 
     def _remove_old(self) -> None:
         paths = [path for path in self.folder.glob("step-*") if not path.suffix]
-        for path in sorted(paths)[: -self.keep]:
+        # later ones are damaged, or there would have been no need to do this step again
+        done = [path for path in paths if path.name <= f"step-{self.step:08}"]
+        for path in sorted(done)[: -self.keep]:
             SafeCheckpointIO().remove_checkpoint(path)
         for path in self.folder.glob("step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)

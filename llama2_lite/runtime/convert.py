@@ -105,8 +105,6 @@ def convert(
             folder is in use, or the checkpoint is damaged.
     """
     path = find_checkpoint(Path(source))
-    if damage := find_damage(path):
-        raise ValueError(f"the checkpoint {path} {damage}")
     state = json.loads((path / STATE).read_text("utf-8"))
     if "model" not in state:
         raise ValueError(f"the checkpoint {path} does not say what kind of model it is")
@@ -122,8 +120,14 @@ def convert(
 
 
 def find_checkpoint(source: Path) -> Path:
-    """A checkpoint: the folder itself, or the newest in the folder of a run."""
+    """A whole checkpoint: the folder itself, or the newest in the folder of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it is damaged.
+    """
     if (source / STATE).is_file():
+        if damage := find_damage(source):
+            raise ValueError(f"the checkpoint {source} {damage}")
         return source
     for folder in (source / "checkpoints", source):
         if (newest := newest_checkpoint(folder)) is not None:

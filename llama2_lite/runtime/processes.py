@@ -1,6 +1,6 @@
 """What the processes of one run do together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -37,6 +37,30 @@ def in_first(action: Callable[[], T]) -> T:
         raise outcome[1]
     found: T = outcome[0]
     return found
+
+
+def in_all(action: Callable[[], T]) -> list[T]:
+    """Do something in each process; all get what each gives, in order, or an error.
+
+    Each process has to call this. Of several errors it is the first process's.
+    """
+    outcome: list[Any] = [None, None]
+    try:
+        outcome[0] = action()
+    except Exception as error:
+        outcome[1] = error
+    outcomes = from_all(outcome)
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [value for value, _ in outcomes]
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items that this process sees to: of n processes every n-th."""
+    if not dist.is_initialized():
+        return items
+    return items[dist.get_rank() :: dist.get_world_size()]
 
 
 def from_all(value: T) -> list[T]:

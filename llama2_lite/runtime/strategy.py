@@ -1,9 +1,11 @@
 """One strategy of Lightning's for all layouts of a model over processes."""
 
 import os
+import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,9 +14,10 @@ from torch import Tensor
 
 from llama2_lite.model import LlamaConfig
 from llama2_lite.runtime.checkpoints import SafeCheckpointIO, encode_state
-from llama2_lite.runtime.processes import from_all
 from llama2_lite.runtime.start import join_attempt, waiting_for_all
 from llama2_lite.scaling import Layout, accumulation, lay_out, make_mesh
+
+T = TypeVar("T")
 
 
 class LayoutStrategy(ModelParallelStrategy):
@@ -30,12 +33,30 @@ class LayoutStrategy(ModelParallelStrategy):
         super().__init__()
         self.layout = layout or Layout()
 
-    def setup_environment(self) -> None:
-        """Connect the processes, and tell the module where its models should live."""
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something in all processes, started and connected, before `Trainer.fit`.
+
+        That starts them too, but has to be told which checkpoint they have chosen.
+        """
+        if self.launcher is None:
+            self._connect()
+            return action()
+        try:
+            self.launcher.launch(self._connect)
+            return action()
+        except KeyboardInterrupt:  # which the others need not have got
+            self.launcher.kill(signal.SIGKILL)
+            raise
+
+    def _connect(self) -> None:
         with waiting_for_all():
             backend = self._get_process_group_backend()
             join_attempt(backend, self._timeout, self.root_device)
             self._setup_distributed()
+
+    def setup_environment(self) -> None:
+        """Connect the processes, and tell the module where its models should live."""
+        self._connect()
         module: Any = self.lightning_module
         sizes = self.layout.sizes(self.world_size, module.config)
         self._device_mesh = make_mesh(self.root_device.type, sizes)
@@ -46,21 +67,6 @@ class LayoutStrategy(ModelParallelStrategy):
             layout=self.layout,
             dtype=torch.bfloat16 if is_bf16 else torch.float32,
         )
-
-    def setup(self, trainer: Trainer) -> None:
-        """Make the optimizers.
-
-        Raises:
-            ValueError: if the processes found different checkpoints.
-        """
-        found = from_all(str(trainer.ckpt_path))
-        for number, path in enumerate(found):
-            if path != found[0]:
-                raise ValueError(
-                    f"process 0 continues from {found[0]}, but process {number} from "
-                    f"{path}: the folder of the run must be on a disk that all share"
-                )
-        super().setup(trainer)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from llama2_lite.runtime.checkpoints import (
     step_of,
 )
 from llama2_lite.runtime.convert import save_model
+from llama2_lite.runtime.strategy import LayoutStrategy
 from llama2_lite.tokenizer import Tokenizer
 
 TRAINER_DEFAULTS = {
@@ -256,7 +258,11 @@ def fit(
 
     Afterwards the model folder holds the model with the lowest validation loss.
     """
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    choose = partial(newest_checkpoint, folder / "checkpoints")
+    if isinstance(trainer.strategy, LayoutStrategy):
+        checkpoint = trainer.strategy.together(choose)
+    else:
+        checkpoint = choose()
     step = 0
     if checkpoint is not None:
         step = step_of(checkpoint)
@@ -265,8 +271,9 @@ def fit(
     for logger in trainer.loggers:
         if isinstance(logger, CsvLog) and trainer.is_global_zero:
             logger.resume(step)
-    if isinstance(trainer.strategy.checkpoint_io, SafeCheckpointIO):
-        trainer.strategy.checkpoint_io.module = module
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if isinstance(checkpoint_io, SafeCheckpointIO):
+        checkpoint_io.module, checkpoint_io.whole = module, checkpoint
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit:  # Lightning's answer to Ctrl-C before the first step
