@@ -51,9 +51,6 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
             }
             for name, shares in first[kind].items()
         }
-    found["minutes after the base"] = interval(
-        [sum(one["minutes"][stage] for stage in STAGES) for one in reports]
-    )
     return found
 
 
