@@ -22,7 +22,7 @@ from llama2_lite.runtime.versions import make_rounds
 from llama2_lite.tokenizer import Tokenizer
 
 N_ROUNDS = 5
-SEEDS = [0, 1, 2]
+SEEDS = {"fresh": [0, 1, 2], "scalar": [0, 1], "stale": [0, 1]}  # of each arm
 MODULES = [
     *("town", "layers", "attention", "model", "generation", "pretraining"),
     *("chat", "sft", "reward", "rejection", "ppo", "rlhf"),
@@ -109,7 +109,7 @@ def run(arm: str, folder: Path, start: Artifact, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="some arms, for a trial")
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS["fresh"])
     parser.add_argument("--start", type=Path, help="a fine-tuned model; the tour's")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of all models")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="a JSON file")
@@ -121,12 +121,18 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         for arm in arguments.only or ARMS:
+            if seed not in SEEDS[arm]:
+                continue
             folder = arguments.folder / f"seed{seed}"
             found = run(arm, folder, start, seed)
             results.setdefault(arm, []).append(found)
             write_result(  # after each run: what is there survives an interruption
                 arguments.output,
-                config={"rounds": N_ROUNDS, **asdict(RoundsRecipe.read())},
+                config={
+                    "rounds": N_ROUNDS,
+                    "seeds of arms": SEEDS,
+                    **asdict(RoundsRecipe.read()),
+                },
                 seeds=arguments.seeds[: max(map(len, results.values()))],
                 modules=MODULES,
                 script=__file__,
