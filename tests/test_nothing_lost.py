@@ -347,7 +347,8 @@ def test_an_empty_folder_is_a_beginning(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / ".run.json.1").write_text('{"mod')  # a kill cut it short
+    for name_of_file in ("run", "result"):  # a kill cut their writing short
+        (folder / f".{name_of_file}.json.1").write_text('{"mod')
     assert main(kills.arguments(world, name, folder)) == 0
     assert kills.outcome(folder) == kills.outcome(whole[name])
 

@@ -229,8 +229,9 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".run.json.*"):  # a kill cut its writing short
-        path.unlink(missing_ok=True)
+    for name in ("run.json", "result.json"):  # a kill cut their writing short
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
     try:
         found = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
