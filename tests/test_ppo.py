@@ -515,6 +515,7 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     layouts = {"copies": Layout(shard=1), "shards": Layout(), "tensor": Layout(0, 2)}
+    layouts["compiled"] = Layout(checkpoint_activations=True, compile=True)
     cases = {name: (layout, settings) for name, layout in layouts.items()}
     torch.multiprocessing.spawn(
         train_as_one_of, (2, port, folder, tmp_path, cases), nprocs=2

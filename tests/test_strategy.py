@@ -78,9 +78,9 @@ def by_two(folder: Path, by_four: Any, alone: Any) -> dict[str, Any]:
         "from four in parts": ("pretraining", Layout(tensor=2), parts),
         "from copies": ("pretraining", Layout(), {"resume": both}),
         "from one": ("pretraining", Layout(shard=1), {"resume": one}),
-        "compiled": ("pretraining", compiled, {}),
         "tensor compiled": ("pretraining", Layout(tensor=2, compile=True), {}),
     }
+    cases |= {f"{stage} compiled": (stage, compiled, {}) for stage in STAGES}
     return run_cases(2, folder, cases)
 
 
@@ -96,9 +96,13 @@ def test_parts_of_a_batch_are_the_batch(folder, alone, by_four):
     assert_same(outcome("sft", folder, accumulate_grad_batches=2), alone["sft"])
 
 
-@pytest.mark.parametrize("case", ["compiled", "tensor compiled"])
-def test_compiled_is_the_same(case, alone, by_two):
-    assert_same(by_two[case], alone["pretraining"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiled_and_recomputed_is_the_same(stage, alone, by_two):
+    assert_same(by_two[f"{stage} compiled"], alone[stage])
+
+
+def test_compiled_where_a_group_shares_products_is_the_same(alone, by_two):
+    assert_same(by_two["tensor compiled"], alone["pretraining"])
 
 
 def last_losses(found: Any) -> Any:

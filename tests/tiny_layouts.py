@@ -185,6 +185,6 @@ def run_cases(n_processes: int, folder: Path, cases: Any) -> dict[str, Any]:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(240)
+        worker.join(600)
     assert [worker.exitcode for worker in workers] == [0] * n_processes
     return {case: load_file(folder / f"{case}.safetensors") for case in cases}
