@@ -492,7 +492,7 @@ def main() -> None:
     steps = argparse.BooleanOptionalAction
     add("--steps", action=steps, default=True, help="kill after each step too")
     add("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="(KILL)")
-    add("--output", type=Path, help="JSON file for what was found")
+    add("--output", type=Path, help="JSON file; other stages in it stay")
     options = parser.parse_args()
     processes = 2 if options.torchrun else options.processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -508,6 +508,10 @@ def main() -> None:
         "stages": {},
     }
     found = result["stages"]
+    if options.output and options.output.is_file():
+        earlier = json.loads(options.output.read_text("utf-8"))
+        if {**earlier, "stages": {}} == result:
+            found |= earlier["stages"]
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
         world.mkdir()
