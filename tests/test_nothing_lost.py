@@ -353,6 +353,17 @@ def test_an_empty_folder_is_a_beginning(
     assert kills.outcome(folder) == kills.outcome(whole[name])
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_half_a_model_goes_when_the_run_goes_on(
+    world: Path, whole: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(whole[name], tmp_path / "run")
+    for half in (".model.1.reward", ".model.1.partial", ".model.parts.partial"):
+        (folder / half).mkdir()
+    assert main(kills.arguments(world, name, folder)) == 0
+    assert kills.outcome(folder) == kills.outcome(whole[name])
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -408,6 +419,8 @@ def be_stopped_alone(arguments: list[str], log: Path, rank: int) -> None:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # what a shell starts in the background ignores it, and so do its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     environment = {**kills.as_torchrun_does(2)[rank], START_SECONDS: "60"}
     kills.run_command([*arguments, "--trainer.devices=2"], log, environment)

@@ -161,7 +161,7 @@ class TrainingCommand(LightningCLI):
         if self.trainer.is_global_zero:
             claim_folder(folder, self.describe(), self.config.force)
             (folder / "config.yaml").write_text(self.parser.dump(self.config), "utf-8")
-            for path in folder.glob(".*.part*"):  # models that a kill cut short
+            for path in folder.glob(".model.*"):  # models that a kill cut short
                 shutil.rmtree(path, ignore_errors=True)
         fit(self.trainer, self.model, self.datamodule, folder, self.console.print)
         if self.trainer.is_global_zero:
