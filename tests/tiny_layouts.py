@@ -172,8 +172,8 @@ def work(rank: int, n_processes: int, port: int, folder: Path, cases: Any) -> No
 def run_cases(n_processes: int, folder: Path, cases: Any) -> dict[str, Any]:
     """What came out of each case, run by several processes together.
 
-    Once in some hundred runs, on a busy machine, gloo dies of a heap that it has
-    damaged itself ("malloc(): ..."). Only after a death by signal is there another try.
+    Seen once, on a busy machine: gloo dies while it gathers weights, of a damaged heap
+    ("malloc(): ..."). Only after such a death, by a signal, is there another try.
     """
     from safetensors.torch import load_file
 
