@@ -303,7 +303,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="in miniature, anywhere")
     parser.add_argument("--only", nargs="+", choices=list(FULL), default=list(FULL))
-    parser.add_argument("--output", type=Path, default=RESULTS / f"gpu-{slug}.json")
+    parser.add_argument("--output", type=Path, help="JSON file; others of --only stay")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -317,13 +317,20 @@ def main() -> int:
         for keywords in (SMALL if arguments.small else FULL)[name]:
             sides = ("ours", "transformers") if name == "pretrain" else (None,)
             cases += [(name, keywords | ({"side": s} if s else {})) for s in sides]
+    kind = "small" if arguments.small else "gpu"
+    output = arguments.output or RESULTS / f"{kind}-{slug}.json"
     found: list[dict[str, Any]] = []
+    if output.is_file():
+        earlier = json.loads(output.read_text("utf-8"))["results"]
+        found += [
+            figures for figures in earlier if figures["what"] not in arguments.only
+        ]
     record = {"machine": machine_name(), "torch": torch.__version__, "results": found}
     for name, keywords in cases:
         figures = measure_apart(name, keywords)
         found.append({"what": name, **keywords, **figures})
         print(json.dumps(found[-1]), flush=True)
-        write_json(arguments.output, record)
+        write_json(output, record)
     return int(any("failed" in figures for figures in found))
 
 

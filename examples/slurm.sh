@@ -18,6 +18,9 @@
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
+saved() { ls runs/7b/checkpoints 2>/dev/null; }
+before=$(saved)
+
 # The folder of the run has to be on a disk that all hosts share.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node=8 --max-restarts=20 \
@@ -26,5 +29,7 @@ srun --kill-on-bad-exit=1 torchrun \
     -m -- llama2_lite.runtime.cli pretrain --config 7b --data.files 'text/*.parquet' \
     --output runs/7b --stop_within 90
 
-# Stopped in time and not finished: once more from the last checkpoint.
-if [ ! -f runs/7b/result.json ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# Not finished, but further than before: once more from the last checkpoint.
+if [ ! -f runs/7b/result.json ] && [ "$(saved)" != "$before" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import SIZES, pretrain, text  # noqa: F401
 
 from llama2_lite.runtime.cli import main
+from llama2_lite.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -168,6 +169,43 @@ def test_another_run_is_kept(tmp_path, text, finished, fails):  # noqa: F811
     assert read_all(folder) == before
     assert main(["pretrain", *other, "--force"]) == 0
     assert read_all(folder) != before
+
+
+def test_a_finished_run_without_checkpoints_is_kept(
+    tmp_path,
+    text,  # noqa: F811
+    finished,
+    fails,
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = read_all(folder)
+    other = [f"--output={folder}", f"--data.files=[{text}]", *SIZES]
+    assert "--force" in fails("pretrain", *other, "--model.peak_lr=0.5")
+    assert read_all(folder) == before
+
+
+def test_what_cannot_be_validated_is_refused(tmp_path, text, fails):  # noqa: F811
+    run = [f"--output={tmp_path / 'run'}", f"--data.files=[{text}]", *SIZES]
+    for key in ("--data.validation_windows=0", "--trainer.limit_val_batches=0"):
+        sentence = fails("pretrain", *run, key)
+        assert "nothing could be validated" in sentence
+        assert key.strip("-").partition("=")[0] in sentence
+
+
+def test_a_checkpoint_with_another_tokenizer_is_not_converted(
+    tmp_path,
+    finished,
+    fails,
+):
+    path = tmp_path / "t.model"
+    train_tokenizer(["another text of many words"] * 9, path, 280)
+    out = tmp_path / "model"
+    sentence = fails("convert", finished, out, f"--tokenizer={path}")
+    assert str(path) in sentence
+    assert "vocabulary of" in sentence
+    assert not out.exists()
 
 
 def test_output_is_a_file(tmp_path, text, fails):  # noqa: F811

@@ -287,6 +287,35 @@ def test_a_signal_before_training_says_so(monkeypatch, capsys):
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--device_batch=0", "device_batch must be >0, but is 0"),
+        ("--trainer.precision=fp8", "'bf16-mixed', '32-true'"),
+    ],
+)
+def test_a_value_that_none_of_several_kinds_allows(argument, sentence, capsys):
+    assert main(["pretrain", "--config", "town", argument]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "subtypes" not in said
+
+
+def test_a_lost_process_is_one_line_also_where_lightning_has_tidied_up(
+    monkeypatch, capsys
+):
+    from llama2_lite.runtime import cli
+
+    def lonely(arguments):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
+
+    monkeypatch.setattr(cli, "run_command", lonely)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", cli.DEBUG):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["tour"]) == 2
+    assert "process 0 has lost another process" in capsys.readouterr().err
+
+
 def test_unexpected_errors_are_one_line_too(monkeypatch, capsys):
     from llama2_lite.runtime import cli
 

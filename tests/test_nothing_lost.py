@@ -411,6 +411,36 @@ def test_a_process_whose_others_never_come_gives_up(
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_that_dies_in_the_start_ends_the_run(
+    world: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "llama2_lite.runtime.cli"]
+    command += [*kills.arguments(world, "sft", tmp_path / "run"), "--trainer.devices=2"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+    second: list[str] = []
+    while not second:
+        assert first.poll() is None
+        time.sleep(0.05)
+        pids = children.read_text().split()
+        second = [pid for pid in pids if is_ours(Path(f"/proc/{pid}/cmdline"))]
+    os.kill(int(second[0]), signal.SIGKILL)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 2, said
+    assert said.splitlines()[-1].startswith(
+        "error: process 1 ended with code -9 before all had met"
+    )
+
+
+def is_ours(command_line: Path) -> bool:
+    """Whether a process is one of a run, and is still there."""
+    try:
+        return b"llama2_lite" in command_line.read_bytes()
+    except OSError:
+        return False
+
+
 def be_stopped_alone(arguments: list[str], log: Path, rank: int) -> None:
     """Get a signal when the process waits for another one, which never comes."""
 

@@ -67,6 +67,20 @@ def test_what_does_not_fit_is_said_and_what_would_fits(capsys):
     assert re.search(r"free +does not fit +fits", better)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--model 7b --gpus 8 --shard 1",
+        "--model 7b --batch-tokens 4096",
+        "--model 70b --gpus 8 --batch-tokens 64K",
+    ],
+)
+def test_advice_can_be_followed(asked, capsys):
+    advice = re.search(r"With (--gpus .*) and blocks", run(capsys, asked))[1]
+    better = run(capsys, f"{asked} {advice}")
+    assert re.search(r"free +does not fit +fits|free +fits +fits", better), better
+
+
 def test_activations_alone_can_be_too_many(capsys):
     out = run(capsys, "--model 7b --gpus 8 --device-batch 4")
     assert re.search(r"free +does not fit +fits", out)
@@ -114,6 +128,9 @@ def test_configurations_hold_the_papers_settings(size):
     copies, shard, _ = layout.sizes(n_gpus, LlamaConfig(**model))
     parts = accumulation(windows, copies * shard, device_batch)
     assert copies * shard * device_batch * parts == windows
+    assert (
+        config["data"].get("validation_windows", 64) >= copies * shard
+    )  # one for each
     memory = training_memory(LlamaConfig(**model), layout, n_gpus, device_batch, length)
     assert memory.total < 76 * 2**30
 

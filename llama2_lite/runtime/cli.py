@@ -185,10 +185,8 @@ def report(error: Exception) -> int:
     if isinstance(error, expected) or type(error).__module__.startswith("lightning"):
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(
-        sign in sentence for sign in ("gloo/transport", "Gloo", "NCCL")
-    ):
-        which = os.environ.get("RANK", os.environ.get("LOCAL_RANK"))
+    if any(sign in sentence for sign in ("gloo/transport", "Gloo", "NCCL")):
+        which = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
         print(
             f"error: process {which} has lost another process of this run, which may "
             "say why it ended",

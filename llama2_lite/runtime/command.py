@@ -78,7 +78,7 @@ class TrainingCommand(LightningCLI):
         add("--seed", type=int, default=0, help="Of the weights and the data.")
         add("--checkpoint_every", type=int, default=500, help="Steps between them.")
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
-        add("--force", action="store_true", help="Start anew in a folder that is used.")
+        add("--force", action="store_true", help="Delete another run that is there.")
         parser.add_class_arguments(Layout, "layout")
         what = "Windows that a process takes at a time at most; gradients accumulate."
         add("--device_batch", type=PositiveInt | None, default=None, help=what)
@@ -236,7 +236,9 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
         found = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         found = None
-    has_progress = any((folder / "checkpoints").glob("step-*"))
+    checkpoints = (folder / "checkpoints").glob("step-*")
+    results = (folder / name for name in ("model", "result.json"))
+    has_progress = any(checkpoints) or any(path.exists() for path in results)
     if found is None and any(folder.iterdir()) and not force:
         raise FileExistsError(
             f"{folder} exists and holds other things; choose another --output, or "
@@ -251,7 +253,7 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
             what = "on other files, or on files that have changed since"
         raise FileExistsError(
             f"{folder} holds a run {what}; choose another --output, or --force to "
-            "start anew"
+            "delete it and start anew"
         )
     if found != wanted:
         for name in OWN:

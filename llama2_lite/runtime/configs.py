@@ -94,5 +94,13 @@ def explain(message: str, parser: ArgumentParser) -> str:
         names = {"int": "a whole number", "float": "a number", "list": "a list"}
         if kind and kind[1] in names:
             return f"{expected[1]} must be {names[kind[1]]}, but is {kind[2]}"
+        if given := re.search(r"Given value: (.*)", expected[2]):
+            limit = re.search(r"restriction v(.*)", expected[2])
+            choices = re.findall(
+                r"Literal\[(.*?)\]", expected[2].partition("Errors")[0]
+            )
+            if limit or choices:
+                what = limit[1] if limit else f"one of {', '.join(choices)}"
+                return f"{expected[1]} must be {what}, but is {given[1]}"
         return f"{expected[1]}: {expected[2]}"
     return re.sub(r"Call to compute_fn of link .* failed: ", "", message)

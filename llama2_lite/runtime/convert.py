@@ -115,6 +115,12 @@ def convert(
     found = Tokenizer(vocabulary) if vocabulary.is_file() else None
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; choose another")
+    n_pieces = state["model"]["config"]["vocab_size"]
+    if found is not None and found.vocab_size != n_pieces:
+        raise ValueError(
+            f"{vocabulary} has {found.vocab_size} pieces, but the model of {path} has "
+            f"a vocabulary of {n_pieces}; give the --tokenizer it was trained with"
+        )
     assemble(state["model"], path, PREFIX).save_pretrained(folder, found)
     return path
 

@@ -1,17 +1,25 @@
 """Files of dialogues, pairs and prompts as data modules for training."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
+from torch.utils.data import DataLoader
 
-from llama2_lite.chat import Dialog, encode_dialog
+from llama2_lite.chat import Dialog, DialogBatch, encode_dialog
 from llama2_lite.model import LlamaConfig, read_config
 from llama2_lite.ppo import PromptDataModule, PromptDataset
-from llama2_lite.reward import PreferenceDataModule, PreferenceDataset, mix_pairs
+from llama2_lite.pretraining import processes
+from llama2_lite.reward import (
+    PairBatch,
+    PreferenceDataModule,
+    PreferenceDataset,
+    mix_pairs,
+)
 from llama2_lite.runtime.dialogs import (
     AXES,
     context_limit,
@@ -43,6 +51,7 @@ class FileData(LightningDataModule):
         sequence_length: longest dialogue in tokens; the model's context if left out.
 
     Attributes:
+        batch_size: samples of a batch over all processes.
         bad: one sentence for each sample that was dropped.
         counts: how much there is, by name.
 
@@ -50,6 +59,8 @@ class FileData(LightningDataModule):
         FileNotFoundError: if there is no model in the folder.
         ValueError: if a dialogue may not be so long.
     """
+
+    batch_size: int
 
     def open_start(self, start: str, sequence_length: int | None) -> None:
         """Note tokenizer and lengths; called by the constructors."""
@@ -85,6 +96,14 @@ class FileData(LightningDataModule):
     def encode(self, dialogs: Iterable[Dialog], train_on: str = "all") -> list[Any]:
         """Dialogues as tokens."""
         return [encode_dialog(dialog, self.opened, train_on) for dialog in dialogs]
+
+    @contextmanager
+    def in_parts(self, n_parts: int) -> Iterator[None]:
+        """For the time being, batches are smaller by a factor."""
+        whole = self.batch_size
+        self.batch_size = max(1, whole // n_parts)
+        yield
+        self.batch_size = whole
 
     def plan_steps(self, n_steps: float) -> None:
         """Let the trainer take so many steps, unless it has been told a number."""
@@ -179,6 +198,11 @@ class DialogFiles(FileData, DialogDataModule):
         """Fix the number of steps."""
         self.plan_steps(self.count_steps(self.epochs))
 
+    def val_dataloader(self) -> DataLoader[DialogBatch]:
+        """The windows for validation, no more at a time than in training."""
+        with self.in_parts(self.trainer.accumulate_grad_batches):
+            return super().val_dataloader()
+
 
 class PreferenceFiles(FileData, PreferenceDataModule):
     """Preference pairs of files.
@@ -262,6 +286,12 @@ class PreferenceFiles(FileData, PreferenceDataModule):
     def setup(self, stage: str) -> None:
         """Fix the number of steps."""
         self.plan_steps(self.count_steps(self.epochs))
+
+    def val_dataloader(self) -> DataLoader[PairBatch]:  # type: ignore[override]
+        """The pairs for validation, no more at a time than in training."""
+        _, n_groups = processes(self.trainer)
+        with self.in_parts(n_groups * self.trainer.accumulate_grad_batches):
+            return super().val_dataloader()
 
 
 def prompt_of(pair: Preference) -> Dialog:

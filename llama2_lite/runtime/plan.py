@@ -74,7 +74,7 @@ def plan(options: Namespace) -> str:
     room = gpu.memory * (1 - RESERVED)
     lines += memory_table(kept, again, gpu.memory)
     if kept.total > room * GIB:
-        lines += advise(config, layout, options, at_once, sequence, again)
+        lines += advise(config, layout, options, at_once, windows, sequence, again)
     lines += ["", *generation(config, tensor, room, sequence), ""]
     return "\n".join(lines + cost_table(config, options, tokens, batch, sequence))
 
@@ -98,6 +98,7 @@ def advise(
     config: LlamaConfig,
     layout: Layout,
     options: Namespace,
+    at_once: int,
     windows: int,
     sequence: int,
     again: Memory,
@@ -113,23 +114,29 @@ def advise(
         f"GiB; the largest part is {name}, {most / GIB:.1f} GiB."
     )
     more = [2**n for n in range(1, 13)]
-    tries = [(tp, options.gpus, windows) for tp in (2, 4, 8) if tp > layout.tensor]
-    tries += [(layout.tensor, options.gpus, n) for n in (windows // 2, 1) if n]
-    tries += [(layout.tensor, options.gpus * n, windows) for n in more]
+    tries = [(tp, options.gpus, at_once) for tp in (2, 4, 8) if tp > layout.tensor]
+    tries += [(layout.tensor, options.gpus, n) for n in (at_once // 2, 1) if n]
+    tries += [(layout.tensor, options.gpus * n, at_once) for n in more]
     tries += [(8, options.gpus * n, 1) for n in more]
     for tensor, n_gpus, n in tries:
         case = replace(layout, tensor=tensor, shard=0, checkpoint_activations=True)
         try:
+            copies, shard, _ = case.sizes(n_gpus, config)
+            accumulation(windows, copies * shard, n)
             memory = training_memory(config, case, n_gpus, n, sequence)
-        except ValueError:  # the heads or the GPUs cannot be divided so
+        except ValueError:  # the heads, the GPUs or the batch cannot be divided so
             continue
         if memory.total <= room:
+            over_all = " --shard 0" if layout.shard else ""
             yield (
-                f"With --gpus {n_gpus} --tp {tensor} --device-batch {n} and blocks "
-                f"computed again it takes {memory.total / GIB:.1f} GiB."
+                f"With --gpus {n_gpus} --tp {tensor}{over_all} --device-batch {n} and "
+                f"blocks computed again it takes {memory.total / GIB:.1f} GiB."
             )
             return
-    yield "No number of these GPUs is enough: take larger ones or shorter windows."
+    yield (
+        "No number of these GPUs is enough for such batches: take larger GPUs, larger "
+        "batches or shorter windows."
+    )
 
 
 def generation(

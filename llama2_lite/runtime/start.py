@@ -1,12 +1,14 @@
 """How the processes of a run find each other, and give up if one does not come."""
 
 import os
+import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,15 +16,19 @@ import torch.distributed as dist
 from llama2_lite.runtime.stopping import Watch
 
 START_SECONDS = "LLAMA2_LITE_START_SECONDS"
+LOST = "error: process {} ended with code {} before all had met; it may say why\n"
 WAITING = "waiting for the other processes"  # name of a thread
 
 
 @contextmanager
-def waiting_for_all() -> Iterator[None]:
+def waiting_for_all(started: Sequence[subprocess.Popen[Any]] = ()) -> Iterator[None]:
     """End the process at a signal, or if the others have not come after five minutes.
 
     PyTorch would not notice the signal, would wait for half an hour, and then say that
     a key was not set.
+
+    Args:
+        started: other processes that this one has started; if one of them ends, all do.
     """
     seconds = float(os.environ.get(START_SECONDS, "300"))
     size, place = (os.environ.get(name, "?") for name in ("WORLD_SIZE", "MASTER_ADDR"))
@@ -40,6 +46,13 @@ def waiting_for_all() -> Iterator[None]:
                 if os.environ.get("RANK", "0") == "0":
                     os.write(2, b"\nstopped; the same command goes on from here\n")
                 os._exit(0)
+            codes = enumerate((process.poll() for process in started), start=1)
+            ended = [LOST.format(*found) for found in codes if found[1] is not None]
+            if ended and not met.wait(1):
+                for process in started:
+                    process.kill()
+                os.write(2, ended[0].encode())
+                os._exit(2)
             if time.monotonic() > deadline:
                 os.write(2, line.encode())
                 os._exit(2)

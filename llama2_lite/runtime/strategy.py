@@ -49,7 +49,7 @@ class LayoutStrategy(ModelParallelStrategy):
             raise
 
     def _connect(self) -> None:
-        with waiting_for_all():
+        with waiting_for_all(getattr(self.launcher, "procs", ())):
             backend = self._get_process_group_backend()
             join_attempt(backend, self._timeout, self.root_device)
             self._setup_distributed()

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.utils.data import DataLoader
+
 from llama2_lite.corpus import clean_documents, drop_duplicates, write_shards
 from llama2_lite.pretraining import TokenDataModule
 from llama2_lite.runtime.artifacts import PACKAGE, artifact, file_hash
@@ -116,6 +119,12 @@ class TextDataModule(TokenDataModule):
             corpus = self.folder / "corpus"
             remedy = f"delete {corpus}, and the same command makes it anew"
             raise ValueError(f"{error}; {remedy}") from None
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """The windows for validation, no more at a time than in training."""
+        windows = super().val_dataloader()
+        n_parts = self.trainer.accumulate_grad_batches
+        return DataLoader(windows.dataset, max(1, windows.batch_size // n_parts))
 
     def _write(self, folder: Path) -> None:
         path = folder / "tokenizer.model"

@@ -27,6 +27,7 @@ from llama2_lite.pretraining import (
     TokenDataModule,
     best_precision,
     on_one_device,
+    processes,
     vocabulary_loss,
 )
 from llama2_lite.runtime.checkpoints import (
@@ -176,6 +177,21 @@ class KeepBest(Callback):
         self.best_loss = math.inf
         self.best_step = -1
         self.seen_step = -1
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse to train what no step could be chosen of.
+
+        Raises:
+            ValueError: if there is nothing to validate on.
+        """
+        if sum(trainer.num_val_batches) == 0:
+            _, n_groups = processes(trainer)
+            raise ValueError(
+                "nothing could be validated, so no step would be kept: hold out at "
+                f"least {n_groups} samples, one for each process that has data of its "
+                "own (data.validation_fraction, data.validation_windows, "
+                "trainer.limit_val_batches)"
+            )
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Compare and write."""
