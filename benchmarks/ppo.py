@@ -49,7 +49,6 @@ from llama2_lite.ppo import (
     Prompt,
     PromptDataModule,
     PromptDataset,
-    rollout_copy,
 )
 from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.runtime.artifacts import machine_name, write_json
@@ -68,14 +67,9 @@ class FixedLength(PPOModule):
     ) -> tuple[list[list[int]], list[str], Tensor]:
         """As `PPOModule.sample`, but none ends early, and all count as ended."""
         ids = [prompt.ids for prompt in prompts]
-        with torch.autocast(self.device.type, enabled=False):
-            drawn = generate(
-                rollout_copy(self.model),
-                ids,
-                max_new_tokens=ANSWER,
-                seed=seed,
-                rows=rows,
-            )
+        no_autocast = torch.autocast(self.device.type, enabled=False)
+        with self.sampler() as policy, no_autocast:
+            drawn = generate(policy, ids, max_new_tokens=ANSWER, seed=seed, rows=rows)
         texts = [" ".join(map(str, row)) for row in drawn.ids]
         return drawn.ids, texts, torch.ones(len(ids), dtype=torch.bool)
 

@@ -5,7 +5,8 @@ then `make export`.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -391,13 +392,13 @@ def values_before(values_after: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rollout_copy(model: Llama) -> Llama:
+def rollout_copy(model: Llama, dtype: torch.dtype = torch.float32) -> Llama:
     """A whole copy of a model to sample from, also of one divided among processes."""
     with torch.device("meta"):
         copy = Llama(model.config)
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = copy.get_submodule(name.rpartition(".")[0])
-        owner.weight = nn.Parameter(whole(weight).float(), requires_grad=False)
+        owner.weight = nn.Parameter(whole(weight.to(dtype)), requires_grad=False)
     copy.cos, copy.sin = model.cos, model.sin
     return for_decoding(copy)
 
@@ -521,6 +522,15 @@ class PPOModule(LightningModule):
             return rows
         return self.all_gather(rows)[self.firsts].flatten(0, 1)
 
+    @contextmanager
+    def sampler(self) -> Iterator[Llama]:
+        """The policy to sample from: a copy, on a GPU in the type of its products."""
+        device, dtype = self.device.type, torch.float32
+        # on a CPU, where bf16 makes single tokens no faster, they stay exact
+        if device == "cuda" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        yield rollout_copy(self.model, dtype)
+
     def sample(
         self, prompts: list[Prompt], seed: int, rows: Sequence[int] | None = None
     ) -> tuple[list[list[int]], list[str], Tensor]:
@@ -529,10 +539,10 @@ class PPOModule(LightningModule):
         Args:
             rows: which prompts of the whole batch these are, see `generate`.
         """
-        # in full precision: rounding would make rare tokens rarer or more likely
-        with torch.autocast(self.device.type, enabled=False):
+        no_autocast = torch.autocast(self.device.type, enabled=False)
+        with self.sampler() as policy, no_autocast:
             drawn = generate(
-                rollout_copy(self.model),
+                policy,
                 [prompt.ids for prompt in prompts],
                 max_new_tokens=self.settings.max_new_tokens,
                 stop_ids=[self.tokenizer.eos_id],
@@ -599,10 +609,11 @@ class PPOModule(LightningModule):
             after: values after each token, (B, T).
         """
         settings = self.settings
-        if not finished.any():
+        if (n_ended := int(finished.sum())) < 2:
             raise ValueError(
-                f"none of {len(ids)} answers ended within "
-                f"{settings.max_new_tokens} tokens; allow more"
+                f"{n_ended} of {len(ids)} answers ended within "
+                f"{settings.max_new_tokens} tokens, and learning compares at least "
+                "two; allow more tokens, or ask more prompts"
             )
         final = whiten(scores, finished) - settings.cut_penalty * (~finished)
         rewards = -settings.kl_weight * (logprobs - reference)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -372,6 +373,26 @@ def test_a_folder_with_another_run_is_left_alone(
     for name in ("reward", "reject", "ppo", "gatt"):
         assert "holds a run of `sft`;" in fails(*arguments(world, name, folder))
     assert weights(folder) == before
+
+
+def test_ppo_says_what_a_device_batch_is_called_there(
+    world: Path, tmp_path: Path, fails
+) -> None:
+    run = arguments(world, "ppo", tmp_path / "run")
+    assert "model.settings.minibatch_size" in fails(*run, "--device_batch=2")
+
+
+def test_no_more_pairs_are_validated_at_a_time_than_learned(world: Path) -> None:
+    data = PreferenceFiles(
+        f"{world}/start", f"{world}/pairs.jsonl", validation_fraction=0.3, batch_size=8
+    )
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=4, distributed_sampler_kwargs=None
+    )
+    sizes = [len(batch.lengths) // 2 for batch in data.val_dataloader()]
+    assert max(sizes) == 2
+    assert sum(sizes) == data.counts["validation"]
+    assert data.batch_size == 8
 
 
 def test_every_shipped_configuration_of_these_commands_is_valid(

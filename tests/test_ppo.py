@@ -39,10 +39,11 @@ from llama2_lite.ppo import (
     model_scores,
     oracle_scores,
     policy_loss,
+    rollout_copy,
     value_loss,
     whiten,
 )
-from llama2_lite.reward import RewardModel
+from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.scaling import Layout
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Oracle, build_town
@@ -403,6 +404,43 @@ def test_prompt_tokens_are_never_learnt(module, folder):
     assert not torch.equal(again.ids, rollout.ids)
 
 
+def test_a_single_ended_answer_has_nothing_to_be_compared_with(module, folder):
+    rollout = module.collect(make_prompts(folder), seed=5)
+    parts = [
+        getattr(rollout, name)
+        for name in ("ids", "response_mask", "logprobs", "reference_logprobs")
+    ]
+    finished = torch.zeros_like(rollout.finished)
+    finished[2] = True
+    values = torch.zeros_like(rollout.values)
+    with pytest.raises(ValueError, match="1 of 16 answers ended within 24 tokens"):
+        module.judge(*parts, values, rollout.scores, finished)
+
+
+def test_a_copy_in_half_precision_leaves_the_policy_as_it_is(module, folder):
+    prompts = [prompt.ids for prompt in make_prompts(folder)]
+    before = {name: p.clone() for name, p in module.model.named_parameters()}
+    copy = rollout_copy(module.model, torch.bfloat16)
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+    drawn = generate(copy, prompts, max_new_tokens=24, seed=5)
+    rows = [prompt + ids for prompt, ids in zip(prompts, drawn.ids, strict=True)]
+    ids, lengths = pad_rows(rows)
+    places = torch.arange(ids.shape[1])
+    starts = torch.tensor([[len(prompt)] for prompt in prompts])
+    mask = (places >= starts) & (places < lengths[:, None])
+    with torch.no_grad():
+        exact = answer_logprobs(module.model, ids, mask)[mask]
+    found = torch.tensor([p for row in drawn.logprobs for p in row])
+    torch.testing.assert_close(found, exact, atol=0.05, rtol=0)
+    for name, parameter in module.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_on_a_cpu_answers_are_sampled_exactly(module):
+    with torch.autocast("cpu", dtype=torch.bfloat16), module.sampler() as policy:
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
 def test_rows_keep_every_field(module, folder):
     rollout = module.collect(make_prompts(folder), seed=5)
     part = rollout.rows(torch.tensor([3, 1]))
@@ -565,7 +603,7 @@ def test_answers_that_never_end_stop_the_run(folder, tmp_path):
     module.model.output.weight.data[module.tokenizer.eos_id] = 0
     module.model.norm.weight.data[:] *= 100
     module.model.output.weight.data[9] *= 100
-    with pytest.raises(ValueError, match="none of 12 answers ended within 24 tokens"):
+    with pytest.raises(ValueError, match="0 of 12 answers ended within 24 tokens"):
         trainer.fit(module, data)
 
 

@@ -3,19 +3,18 @@
 Each starts from a model folder and files of one's own, and leaves a model folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from llama2_lite.chat import Dialog, answer
-from llama2_lite.generation import generate
 from llama2_lite.ghost_attention import GhostAttentionModule
 from llama2_lite.model import Llama
-from llama2_lite.ppo import PPOModule, PPOSettings, Prompt
+from llama2_lite.ppo import PPOModule, PPOSettings
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
@@ -190,8 +189,8 @@ class RewardedPPO(PPOModule):
         helpfulness, safety: folders of the reward models; one may be left out.
         settings: see `llama2_lite.ppo.PPOSettings`.
         seed: of the answers and of the order of the minibatches.
-        rollout: what answers: a whole copy of the policy in fp32 on each device, or,
-            where that does not fit, unshard: the policy itself, see `unsharded`.
+        rollout: what answers: a whole copy of the policy on each device, or, where
+            that does not fit, unshard: the policy itself, see `unsharded`.
     """
 
     def __init__(
@@ -212,24 +211,12 @@ class RewardedPPO(PPOModule):
         """Stands for the reward until there is one."""
         raise RuntimeError("the reward models are opened when training starts")
 
-    def sample(
-        self, prompts: list[Prompt], seed: int, rows: Sequence[int] | None = None
-    ) -> tuple[list[list[int]], list[str], Tensor]:
-        """Answers to prompts, see `PPOModule.sample`."""
-        if self.rollout == "copy":
-            return super().sample(prompts, seed, rows)
-        no_autocast = torch.autocast(self.device.type, enabled=False)
-        with no_autocast, unsharded(self.model) as policy:
-            drawn = generate(
-                policy,
-                [prompt.ids for prompt in prompts],
-                max_new_tokens=self.settings.max_new_tokens,
-                stop_ids=[self.tokenizer.eos_id],
-                seed=seed,
-                rows=rows,
-            )
-        texts = [self.tokenizer.decode(ids).strip() for ids in drawn.ids]
-        return drawn.ids, texts, torch.tensor(drawn.finished, device=self.device)
+    @contextmanager
+    def sampler(self) -> Iterator[Llama]:
+        """The policy to sample from, see `PPOModule.sampler`."""
+        copied = self.rollout == "copy"
+        with super().sampler() if copied else unsharded(self.model) as policy:
+            yield policy
 
     def on_fit_start(self) -> None:
         """Open the reward models; in a function, they stay out of the checkpoints."""
@@ -272,6 +259,15 @@ class PPOCommand(AlignmentCommand):
         super().add_arguments_to_parser(parser)
         parser.link_arguments("seed", "model.seed")
         parser.link_arguments("model.settings.max_new_tokens", "data.max_new_tokens")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what PPO has no use for."""
+        super().before_instantiate_classes()
+        if self.config.device_batch is not None:
+            raise ValueError(
+                "ppo has no --device_batch: model.settings.minibatch_size says from "
+                "how many answers it learns at a time, over all processes"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What decides the result, the reward models too."""

@@ -158,11 +158,18 @@ class RejectionRecipe:
 
 @dataclass(frozen=True)
 class PPORecipe:
-    """Numbers of PPO."""
+    """Numbers of PPO.
+
+    Attributes:
+        requests: prompts to learn from.
+        held_out_requests: prompts to choose the best iteration by. The mean reward of
+            a hundred answers says too little: it chose by chance.
+    """
 
     iterations: int
     batch_size: int
     requests: int
+    held_out_requests: int
     settings: PPOSettings
 
 
@@ -513,7 +520,9 @@ class AlignmentStages:
                 seed,
             )
             for n, seed_of_requests in zip(
-                (recipe.requests, recipe.batch_size), seeds_of_requests, strict=True
+                (recipe.requests, recipe.held_out_requests),
+                seeds_of_requests,
+                strict=True,
             )
         )
         data = PromptDataModule(train, held_out, recipe.batch_size)
