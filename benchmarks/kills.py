@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,8 @@ class Campaign:
         else:
             for process in started:
                 assert process.pid
-                os.kill(process.pid, self.signal)
+                with suppress(ProcessLookupError):  # it may have ended this moment
+                    os.kill(process.pid, self.signal)
             self.check_exits(started)
         self.slowest = max(self.slowest, time.perf_counter() - since)
         self.hit[phase] = self.hit.get(phase, 0) + 1
