@@ -320,12 +320,15 @@ def main() -> int:
     kind = "small" if arguments.small else "gpu"
     output = arguments.output or RESULTS / f"{kind}-{slug}.json"
     found: list[dict[str, Any]] = []
-    if output.is_file():
-        earlier = json.loads(output.read_text("utf-8"))["results"]
-        found += [
-            figures for figures in earlier if figures["what"] not in arguments.only
-        ]
     record = {"machine": machine_name(), "torch": torch.__version__, "results": found}
+    if output.is_file():
+        earlier = json.loads(output.read_text("utf-8"))
+        if {**earlier, "results": []} == record:  # of the same machine and torch
+            found += [
+                figures
+                for figures in earlier["results"]
+                if figures["what"] not in arguments.only
+            ]
     for name, keywords in cases:
         figures = measure_apart(name, keywords)
         found.append({"what": name, **keywords, **figures})

@@ -16,8 +16,9 @@ from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.dialogs import read_dialogs
-from llama2_lite.runtime.file_data import PreferenceFiles
+from llama2_lite.runtime.file_data import DialogFiles, PreferenceFiles
 from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
+from llama2_lite.runtime.usage import usage
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 
 RECORDS = [
@@ -380,6 +381,8 @@ def test_ppo_says_what_a_device_batch_is_called_there(
 ) -> None:
     run = arguments(world, "ppo", tmp_path / "run")
     assert "model.settings.minibatch_size" in fails(*run, "--device_batch=2")
+    assert "--device_batch" in usage("sft")
+    assert "--device_batch" not in usage("ppo")
 
 
 def test_no_more_pairs_are_validated_at_a_time_than_learned(world: Path) -> None:
@@ -392,6 +395,18 @@ def test_no_more_pairs_are_validated_at_a_time_than_learned(world: Path) -> None
     sizes = [len(batch.lengths) // 2 for batch in data.val_dataloader()]
     assert max(sizes) == 2
     assert sum(sizes) == data.counts["validation"]
+    assert data.batch_size == 8
+
+
+def test_no_more_windows_are_validated_at_a_time_than_learned(world: Path) -> None:
+    data = DialogFiles(
+        f"{world}/start", f"{world}/pairs.jsonl", validation_fraction=0.5, batch_size=8
+    )
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=4,
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": 2},
+    )
+    assert data.val_dataloader().batch_size == 1  # 8 / 4 parts / 2 processes
     assert data.batch_size == 8
 
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from llama2_lite.runtime.cli import main
+from llama2_lite.runtime.text_data import TextDataModule
 
 ALIGNMENT = ["sft", "reward", "reject", "ppo", "gatt"]
 SIZES = [
@@ -203,6 +205,17 @@ def test_a_given_tokenizer_is_used(text, run_folder, tmp_path):
     assert config["vocab_size"] == 290
     used = tmp_path / "run" / "model" / "tokenizer.model"
     assert used.read_bytes() == given.read_bytes()
+
+
+def test_no_more_windows_are_validated_at_a_time_than_learned(text, tmp_path):
+    data = TextDataModule(tmp_path, str(text), vocab_size=290, lengths=[(1.0, 16, 8)])
+    data.prepare_data()
+    data.setup()
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=4,
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": 2},
+    )
+    assert data.val_dataloader().batch_size == 1  # 8 / 4 parts / 2 processes
 
 
 def test_jsonl_and_parquet_are_read_by_globs(text, tmp_path):

@@ -24,3 +24,8 @@ def test_small_form_measures_everything(tmp_path):
     assert [case["side"] for case in found[:2]] == ["ours", "transformers"]
     assert found[4]["seconds_of_iteration"] > 0
     assert found[5]["seconds"] > 0
+    done = subprocess.run([*command, "--only=ppo"], capture_output=True, timeout=300)
+    assert done.returncode == 0
+    again = json.loads(output.read_text())["results"]
+    assert again[:-1] == found[:4] + found[5:]
+    assert again[-1]["what"] == "ppo"

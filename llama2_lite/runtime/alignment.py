@@ -162,8 +162,8 @@ class PPORecipe:
 
     Attributes:
         requests: prompts to learn from.
-        held_out_requests: prompts to choose the best iteration by. The mean reward of
-            a hundred answers says too little: it chose by chance.
+        held_out_requests: prompts to choose the best iteration by; rewards differ so
+            much that the mean of a hundred chooses by chance.
     """
 
     iterations: int

@@ -10,7 +10,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from llama2_lite.chat import Dialog, DialogBatch, encode_dialog
+from llama2_lite.chat import Dialog, encode_dialog
 from llama2_lite.model import LlamaConfig, read_config
 from llama2_lite.ppo import PromptDataModule, PromptDataset
 from llama2_lite.pretraining import processes
@@ -102,8 +102,15 @@ class FileData(LightningDataModule):
         """For the time being, batches are smaller by a factor."""
         whole = self.batch_size
         self.batch_size = max(1, whole // n_parts)
-        yield
-        self.batch_size = whole
+        try:
+            yield
+        finally:
+            self.batch_size = whole
+
+    def val_dataloader(self) -> Any:
+        """What is held out, no more at a time than in training."""
+        with self.in_parts(self.trainer.accumulate_grad_batches):
+            return super().val_dataloader()
 
     def plan_steps(self, n_steps: float) -> None:
         """Let the trainer take so many steps, unless it has been told a number."""
@@ -198,11 +205,6 @@ class DialogFiles(FileData, DialogDataModule):
         """Fix the number of steps."""
         self.plan_steps(self.count_steps(self.epochs))
 
-    def val_dataloader(self) -> DataLoader[DialogBatch]:
-        """The windows for validation, no more at a time than in training."""
-        with self.in_parts(self.trainer.accumulate_grad_batches):
-            return super().val_dataloader()
-
 
 class PreferenceFiles(FileData, PreferenceDataModule):
     """Preference pairs of files.
@@ -288,9 +290,9 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         self.plan_steps(self.count_steps(self.epochs))
 
     def val_dataloader(self) -> DataLoader[PairBatch]:  # type: ignore[override]
-        """The pairs for validation, no more at a time than in training."""
+        """The pairs that are held out, no more at a time than in training."""
         _, n_groups = processes(self.trainer)
-        with self.in_parts(n_groups * self.trainer.accumulate_grad_batches):
+        with self.in_parts(n_groups):
             return super().val_dataloader()
 
 

@@ -21,7 +21,7 @@ Stopped at any moment, the same command continues.
   --trainer.max_steps N    and every other argument of Lightning's Trainer
   --prompts 'ROMEO:'       what the samples continue, or '["ROMEO:", "JULIET:"]'
   --seed N                 of the weights and the order of the data (0)
-  --force                  start anew in a folder that is used
+  --force                  delete another run that the folder holds
   --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
   --trainer.devices N      processes, one for each device; --trainer.num_nodes of hosts
   --layout.shard N         processes that share one copy of the model (0: all)
@@ -135,7 +135,7 @@ Stopped at any moment, the same command continues.
   --skip-bad               drop and count bad samples instead of stopping at the first
   --trainer.max_steps N    and every other argument of Lightning's Trainer
   --seed N                 of what is held out and the order of the data (0)
-  --force                  start anew in a folder that is used
+  --force                  delete another run that the folder holds
   --checkpoint_every N     steps (500); the newest two stay, or --keep_checkpoints N
   --trainer.devices N      processes, one for each device; --trainer.num_nodes of hosts
   --layout.shard N         processes that share one copy of the model (0: all)
@@ -159,4 +159,7 @@ SUMMARIES = {
 
 def usage(name: str) -> str:
     """The help of a command."""
-    return USAGE[name].replace("{shared}\n", SHARED.format(name=name))
+    lines = SHARED.format(name=name).splitlines(keepends=True)
+    if name == "ppo":  # which has minibatches instead
+        lines = [line for line in lines if "--device_batch" not in line]
+    return USAGE[name].replace("{shared}\n", "".join(lines))
