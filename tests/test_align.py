@@ -17,6 +17,7 @@ from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.dialogs import read_dialogs
 from llama2_lite.runtime.file_data import DialogFiles, PreferenceFiles
+from llama2_lite.runtime.sampled_data import GhostData
 from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
 from llama2_lite.runtime.usage import usage
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
@@ -408,6 +409,32 @@ def test_no_more_windows_are_validated_at_a_time_than_learned(world: Path) -> No
     )
     assert data.val_dataloader().batch_size == 1  # 8 / 4 parts / 2 processes
     assert data.batch_size == 8
+
+
+def test_no_more_trees_are_validated_at_a_time_than_learned(
+    world: Path, finished: dict[str, Path]
+) -> None:
+    data = GhostData(
+        finished["gatt"],
+        f"{world}/runs/sft/model",
+        f"{world}/dialogs.jsonl",
+        f"{world}/told.jsonl",
+        context=1,
+        max_new_tokens=12,
+        batch_size=8,
+        validation_fraction=0.5,
+    )
+    seen = []
+    for parts, place in ((1, None), (2, {"rank": 1, "num_replicas": 2})):
+        data.trainer = SimpleNamespace(
+            max_steps=1, accumulate_grad_batches=parts, distributed_sampler_kwargs=place
+        )
+        data.setup("fit")
+        batches = list(data.val_dataloader())
+        assert max(len(batch.tokens) for batch in batches) <= 8 // parts**2
+        seen.append(sum(int(batch.loss_mask.sum()) for batch in batches))
+    assert len(data.held_out) >= 4
+    assert seen[0] == seen[1]
 
 
 def test_every_shipped_configuration_of_these_commands_is_valid(

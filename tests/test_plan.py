@@ -98,7 +98,7 @@ def test_activations_alone_can_be_too_many(capsys):
         ("--model 7b --batch-tokens many", "'many' is not a number such as"),
         ("--model 7b --batch-tokens 4000000", "976.56 windows; 4,001,792 tokens"),
         ("--model 70b --gpus 2048", "/ 2,048 groups of processes = 0.50 windows"),
-        ("--model 70b --gpus 16 --tp 16", "layout.tensor = 16 does not divide n_kv"),
+        ("--model 70b --gpus 16 --tp 16", "--tp = 16 does not divide n_kv"),
         ("--model 70b --gpus 12 --tp 8", "12 processes cannot be divided"),
         ("--gpus 8", "--model"),
         ("--model 7b --gpus many", "invalid int value: 'many'"),

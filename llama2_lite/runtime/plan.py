@@ -53,7 +53,11 @@ def plan(options: Namespace) -> str:
     sequence = options.sequence or config.max_seq_len
     tokens = parse_count(options.tokens, 1000)
     batch = parse_count(options.batch_tokens, 1024)
-    copies, shard, tensor = layout.sizes(options.gpus, config)
+    try:
+        copies, shard, tensor = layout.sizes(options.gpus, config)
+    except ValueError as error:  # it knows the names in configurations only
+        message = str(error).replace("layout.tensor", "--tp")
+        raise ValueError(message.replace("layout.shard", "--shard")) from error
     groups, windows = copies * shard, count_windows(batch, sequence)
     parts = accumulation(windows, groups, options.device_batch)
     at_once = windows // (groups * parts)

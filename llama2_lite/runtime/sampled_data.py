@@ -18,6 +18,7 @@ from llama2_lite.ghost_attention import (
     instruct_every_turn,
 )
 from llama2_lite.model import Llama
+from llama2_lite.pretraining import processes
 from llama2_lite.rejection import (
     Pick,
     best_of,
@@ -395,10 +396,16 @@ class GhostData(SampledData):
         return GhostDataset(items, self.opened, self.sequence_length, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """All held-out dialogues, one batch after another."""
+        """What is held out, no more at a time than in training.
+
+        The dialogues are the same however many processes there are; all see them all.
+        """
         n, size = len(self.held_out), self.batch_size
-        batches: Any = [self.held_out.batch(0, min(n, size))]
-        batches += [self.held_out.batch(i, size) for i in range(1, n // size)]
+        n = n // size * size or n
+        _, n_groups = processes(self.trainer)
+        most = max(1, size // n_groups // self.trainer.accumulate_grad_batches)
+        part = max(k for k in range(1, min(n, most) + 1) if n % k == 0)
+        batches: Any = [self.held_out.batch(i, part) for i in range(n // part)]
         return DataLoader(batches, batch_size=None)
 
 
