@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.dialogs import read_dialogs
 from llama2_lite.runtime.file_data import DialogFiles, PreferenceFiles
+from llama2_lite.runtime.rewards import open_reward
 from llama2_lite.runtime.sampled_data import GhostData
 from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
 from llama2_lite.runtime.usage import usage
@@ -333,7 +335,9 @@ def test_what_is_required_is_named(fails) -> None:
 
 
 @pytest.mark.parametrize("name", ["reject", "ppo"])
-def test_reward_models_must_fit(world: Path, tmp_path: Path, fails, name: str) -> None:
+def test_reward_models_must_fit(
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails, name: str
+) -> None:
     part = "data" if name == "reject" else "model"
     run = arguments(world, name, tmp_path / "run")
     other = shutil.copytree(world / "safe", tmp_path / "other")
@@ -348,10 +352,31 @@ def test_reward_models_must_fit(world: Path, tmp_path: Path, fails, name: str) -
     assert "score.weight" in sentence
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.0, "equal"), (float("nan"), "finite")])
-@pytest.mark.parametrize("name", ["reject", "ppo"])
+BOTH = ["helpfulness", "safety"]
+NOT_FINITE = r"the reward model {broken} gives \d+ of \d+ answers a score such as nan, "
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "broken", "sentence"),
+    [
+        ("reject", 0.0, BOTH, r"all \d+ answers have the score 0: there is no best"),
+        ("ppo", 0.0, BOTH, r"all \d+ rewards are equal: nothing can be learnt"),
+        *(
+            (name, float("nan"), broken, NOT_FINITE)
+            for name in ("reject", "ppo")
+            for broken in (BOTH, ["helpfulness"], ["safety"])
+        ),
+    ],
+)
 def test_useless_rewards_stop_the_run(
-    world: Path, tmp_path: Path, fails, name: str, value: float, words: str
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    name: str,
+    value: float,
+    broken: list[str],
+    sentence: str,
 ) -> None:
     part = "data" if name == "reject" else "model"
     folder = shutil.copytree(world / "safe", tmp_path / "broken")
@@ -360,9 +385,30 @@ def test_useless_rewards_stop_the_run(
     tensors["score.weight"] = torch.full_like(tensors["score.weight"], value)
     save_file(tensors, path, {"format": "pt"})
     run = arguments(world, name, tmp_path / "run")
-    both = [f"--{part}.safety={folder}", f"--{part}.helpfulness={folder}"]
-    sentence = fails(*run, *both)
-    assert words in sentence or "same" in sentence or "all" in sentence, sentence
+    # where a prompt is tagged, a broken safety model shows even without a check
+    run = [argument for argument in run if "safety_files" not in argument]
+    said = fails(*run, *(f"--{part}.{axis}={folder}" for axis in broken))
+    assert re.match(sentence.format(broken=folder), said), said
+
+
+def test_a_single_reward_model_reads_each_answer_once(world: Path, monkeypatch) -> None:
+    folder, texts = world / "helpful", ["It is 3.", "No, 1!"]
+    prompt = {"role": "user", "content": "What is 1 + 2?"}
+    sizes, place = RewardConfig.read(folder), torch.device("cpu")
+    score = open_reward(None, str(folder), folder, sizes, [], place)
+    dialogs = [[prompt, {"role": "assistant", "content": text}] for text in texts]
+    expected = RewardModel.from_pretrained(folder).score(
+        Tokenizer(world / "t.model"), dialogs
+    )
+    forward, read = RewardModel.forward, []
+
+    def counted(self: RewardModel, *batch: torch.Tensor) -> torch.Tensor:
+        read.append(len(batch[0]))
+        return forward(self, *batch)
+
+    monkeypatch.setattr(RewardModel, "forward", counted)
+    torch.testing.assert_close(score([[prompt]] * 2, texts), expected)
+    assert read == [2]
 
 
 def test_a_folder_with_another_run_is_left_alone(
