@@ -303,7 +303,7 @@ def test_bad_samples_are_named_or_dropped_and_counted(
         ("sft", ["--start=/nowhere"], ["/nowhere", "no config.json"]),
         ("sft", ["--data.files=/nowhere/*.jsonl"], ["no file matches /nowhere"]),
         ("sft", ["--data.sequence_length=100"], ["100", "context", "64 tokens"]),
-        ("sft", ["--data.sequence_length=8"], ["line 1", "tokens, but the context 8"]),
+        ("sft", ["--data.sequence_length=8"], ["line 1", "data.sequence_length is 8"]),
         ("sft", ["--data.train_on=some"], ["train_on", "'some'"]),
         ("sft", ["--data.validation_fraction=1"], ["validation_fraction"]),
         ("sft", ["--data.epchs=1"], ["'data.epchs'", "did you mean data.epochs"]),
@@ -312,17 +312,29 @@ def test_bad_samples_are_named_or_dropped_and_counted(
         ("reward", ["--data.axis=kindness"], ["'kindness'", "helpfulness, safety"]),
         ("reject", ["--data.k=0"], ["k=0"]),
         (
+            "reject",
+            ["--data.sequence_length=20"],
+            ["tokens, but data.sequence_length is 20, less 8 for the answer"],
+        ),
+        (
             "gatt",
             ["--data.context=2"],
-            ["line 1", "told at every turn", "context is 64"],
+            ["line 1", "told at every turn", "but the context is 64"],
         ),
+        ("gatt", ["--data.sequence_length=60"], ["but data.sequence_length is 60"]),
         ("ppo", ["--data.validation_prompts=37"], ["validation_prompts", "37 prompts"]),
         ("ppo", ["--model.settings.max_new_tokens=60"], ["less 60 for the answer"]),
         ("ppo", ["--model.settings.minibatch_size=3"], ["minibatches of 3"]),
     ],
 )
 def test_bad_settings(
-    world: Path, tmp_path: Path, fails, name: str, more: list[str], words: list[str]
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    name: str,
+    more: list[str],
+    words: list[str],
 ) -> None:
     sentence = fails(*arguments(world, name, tmp_path / "run"), *more)
     assert all(word in sentence for word in words), sentence

@@ -424,7 +424,7 @@ def test_too_long_for_the_context(tmp_path: Path) -> None:
     long = {"dialog": [user("1 and 2 make 3. " * 20), assistant("Yes.")]}
     path = write_lines(tmp_path / "a.jsonl", {"dialog": MESSAGES}, long)
     assert len(read_dialogs([path]).items) == 2
-    with pytest.raises(ValueError, match=r"line 2: .* tokens, but the context 60"):
+    with pytest.raises(ValueError, match=r"line 2: .* tokens, but the context is 60"):
         read_dialogs([path], limit=limit)
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "1 and 2 make 3. " * 20}
     path = write_lines(tmp_path / "b.jsonl", pair, pair | {"rejected": "b"})

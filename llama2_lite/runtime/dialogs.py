@@ -161,12 +161,16 @@ def read_prompts(
 
 
 def context_limit(
-    tokenizer: Tokenizer, context: int, answer_tokens: int = 0
+    tokenizer: Tokenizer,
+    context: int,
+    answer_tokens: int = 0,
+    name: str = "the context",
 ) -> Callable[[Dialog], None]:
     """A check for dialogues of more tokens than a context has.
 
     Args:
         answer_tokens: room to leave for an answer.
+        name: of what has so many tokens, as its sentence says it.
     """
 
     def limit(dialog: Dialog) -> None:
@@ -174,7 +178,7 @@ def context_limit(
         if n_tokens + answer_tokens > context:
             room = f", less {answer_tokens} for the answer" if answer_tokens else ""
             raise ValueError(
-                f"the dialogue has {n_tokens} tokens, but the context {context}{room}"
+                f"the dialogue has {n_tokens} tokens, but {name} is {context}{room}"
             )
 
     return limit

@@ -1,7 +1,7 @@
 """Files of dialogues, pairs and prompts as data modules for training."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -72,12 +72,19 @@ class FileData(LightningDataModule):
         self.sequence_length = sequence_length or context
         if not 1 < self.sequence_length <= context:
             raise ValueError(
-                f"sequence_length is {sequence_length}, but the context of {start} is "
-                f"{context} tokens"
+                f"data.sequence_length is {sequence_length}, but the context of "
+                f"{start} is {context} tokens"
             )
+        shorter = self.sequence_length < context
+        self.length_name = "data.sequence_length" if shorter else "the context"
         self.bad: list[str] = []
         self.counts: dict[str, int] = {}
         self.sources: dict[str, Any] = {"start": folder_stamps(start)}
+
+    def limit(self, answer_tokens: int = 0) -> Callable[[Dialog], None]:
+        """A check for dialogues that are too long, see `context_limit`."""
+        longest = self.sequence_length, answer_tokens, self.length_name
+        return context_limit(self.opened, *longest)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model."""
@@ -185,8 +192,7 @@ class DialogFiles(FileData, DialogDataModule):
         check_fraction(validation_fraction)
         self.open_start(start, sequence_length)
         patterns = as_patterns(files)
-        limit = context_limit(self.opened, self.sequence_length)
-        read = read_dialogs(patterns, limit=limit, skip_bad=skip_bad)
+        read = read_dialogs(patterns, limit=self.limit(), skip_bad=skip_bad)
         train, held_out = split_by_prompt(
             read.items, lambda dialog: dialog[:-1], validation_fraction, seed
         )
@@ -252,7 +258,7 @@ class PreferenceFiles(FileData, PreferenceDataModule):
             )
         self.open_start(start, sequence_length)
         patterns, others = as_patterns(files), as_patterns(other_files)
-        limit = context_limit(self.opened, self.sequence_length)
+        limit = self.limit()
         read = read_preferences(patterns, axis=axis, limit=limit, skip_bad=skip_bad)
         self.bad = read.bad
         train, self.held_out_pairs = split_by_prompt(
@@ -360,7 +366,7 @@ def read_tagged_prompts(
     skip_bad: bool,
 ) -> tuple[list[Dialog], set[str]]:
     """Prompts of both kinds of files, and what users say in the tagged ones."""
-    limit = context_limit(data.opened, data.sequence_length, max_new_tokens)
+    limit = data.limit(max_new_tokens)
     patterns, tagged_patterns = as_patterns(files), as_patterns(safety_files)
     read = read_prompts(patterns, limit=limit, skip_bad=skip_bad)
     data.bad = read.bad

@@ -30,7 +30,6 @@ from llama2_lite.rejection import (
 from llama2_lite.runtime.dialogs import (
     Read,
     collect,
-    context_limit,
     field_text,
     read_dialogs,
     split_by_prompt,
@@ -195,8 +194,8 @@ class RejectionData(SampledData):
 
     def read_items(self) -> list[Dialog]:
         """The best answers with their prompts; retokenised, a few may be too long."""
-        limit = context_limit(self.opened, self.sequence_length)
-        return read_dialogs([str(self.dialogs_file)], limit=limit, skip_bad=True).items
+        path = str(self.dialogs_file)
+        return read_dialogs([path], limit=self.limit(), skip_bad=True).items
 
     def prompt_of(self, item: Dialog) -> Dialog:
         """All but the answer."""
@@ -346,12 +345,14 @@ class GhostData(SampledData):
         sizes = [len(encode_dialog(turn, self.opened).ids) for turn in turns]
         seen = min(n_turns or len(sizes), len(sizes))
         most = max(sum(sizes[i : i + seen]) for i in range(len(sizes) - seen + 1))
-        context = min(self.sequence_length, self.sampler_context)
-        if most + answer_tokens > context:
+        room, name = self.sequence_length, self.length_name
+        if self.sampler_context < room:
+            room, name = self.sampler_context, "the sampler's context"
+        if most + answer_tokens > room:
             raise ValueError(
                 f"the dialogue may have {most} tokens when the instruction is told at "
-                f"every turn, but the context is {context}, less {answer_tokens} for "
-                "the answer; --data.context N shows the sampler only N turns"
+                f"every turn, but {name} is {room}, less {answer_tokens} for the "
+                "answer; --data.context N shows the sampler only N turns"
             )
 
     def prepare_data(self) -> None:
