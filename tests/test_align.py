@@ -178,6 +178,23 @@ def test_rejection_keeps_the_best_answers(
     ]
 
 
+def test_best_answers_that_are_too_long_are_counted(
+    finished: dict[str, Path], world: Path, tmp_path: Path, capfd
+) -> None:
+    figures = json.loads((finished["reject"] / "result.json").read_text())
+    assert figures["too_long"] == 0
+    folder = shutil.copytree(finished["reject"], tmp_path / "run")
+    long = [("user", "What is 1 + 2?"), ("assistant", "It is 3. " * 20)]
+    dialog = [{"role": role, "content": text} for role, text in long]
+    with (folder / "sampled" / "dialogs.jsonl").open("a") as file:
+        file.write(json.dumps({"dialog": dialog, "score": 1.0}) + "\n")
+    assert main(arguments(world, "reject", folder)) == 0
+    again = json.loads((folder / "result.json").read_text())
+    assert again == figures | {"too_long": 1}
+    said = capfd.readouterr().out
+    assert said.endswith("best answers left out, longer than 64 tokens: 1\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_finished_run_says_the_same_again(
     finished: dict[str, Path], world: Path, name: str, capfd

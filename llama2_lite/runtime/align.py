@@ -177,6 +177,13 @@ class RejectionCommand(SupervisedCommand):
         super().add_arguments_to_parser(parser)
         parser.link_arguments("output", "data.folder")
 
+    def finish(self, folder: Path) -> None:
+        """Say also how many answers were chosen in vain."""
+        super().finish(folder)
+        if too_long := self.datamodule.counts["too_long"]:
+            longest = self.datamodule.sequence_length
+            print(f"best answers left out, longer than {longest} tokens: {too_long:,}")
+
 
 SETTINGS = PPOSettings()
 

@@ -195,7 +195,9 @@ class RejectionData(SampledData):
     def read_items(self) -> list[Dialog]:
         """The best answers with their prompts; retokenised, a few may be too long."""
         path = str(self.dialogs_file)
-        return read_dialogs([path], limit=self.limit(), skip_bad=True).items
+        read = read_dialogs([path], limit=self.limit(), skip_bad=True)
+        self.counts["too_long"] = len(read.bad)
+        return read.items
 
     def prompt_of(self, item: Dialog) -> Dialog:
         """All but the answer."""
