@@ -357,6 +357,22 @@ def test_bad_settings(
     assert all(word in sentence for word in words), sentence
 
 
+@pytest.mark.parametrize("name", [*COMMANDS, "chat", "generate"])
+def test_the_folder_of_a_run_says_where_its_model_is(
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails, name: str
+) -> None:
+    folder = finished["sft"]
+    if name in COMMANDS:
+        run = [*arguments(world, name, tmp_path / "run"), f"--start={folder}"]
+    else:
+        run = [name, str(folder), *(["Hi"] if name == "generate" else [])]
+    sentence = fails(*run)
+    assert sentence == (
+        f"{folder} is no model folder: no config.json in it; this run has its model "
+        f"in {folder / 'model'}"
+    )
+
+
 def test_what_is_required_is_named(fails) -> None:
     assert "start is missing" in fails("sft", "--data.files=a.jsonl")
     assert "data.files: give each" in fails("sft", "--start=/nowhere")
@@ -377,6 +393,8 @@ def test_reward_models_must_fit(
     without = [argument for argument in run if not argument.startswith(names)]
     assert "there is no reward model" in fails(*without)
     assert "no config.json" in fails(*run, f"--{part}.safety=/nowhere")
+    sentence = fails(*run, f"--{part}.safety={finished['reward']}")
+    assert sentence.endswith(f"this run has its model in {finished['reward']}/model")
     sentence = fails(*run, f"--{part}.safety={world}/start")
     assert "score.weight" in sentence
 

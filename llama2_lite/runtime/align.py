@@ -30,6 +30,7 @@ from llama2_lite.runtime.file_data import (
 from llama2_lite.runtime.rewards import check_reward_models, open_reward
 from llama2_lite.runtime.rollouts import unsharded
 from llama2_lite.runtime.sampled_data import GhostData, RejectionData
+from llama2_lite.runtime.talk import check_model_folder
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, KeepBest
 from llama2_lite.sft import SupervisedModule
 
@@ -65,6 +66,11 @@ class AlignmentCommand(TrainingCommand):
         parser.link_arguments("start", "data.start")
         parser.link_arguments("skip_bad", "data.skip_bad")
         parser.link_arguments("seed", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the model first: not every module could say where a run has it."""
+        super().before_instantiate_classes()
+        check_model_folder(Path(self.config.start))
 
     def run(self) -> None:
         """Say what was read, then train."""

@@ -30,7 +30,7 @@ from llama2_lite.runtime.dialogs import (
     split_by_prompt,
 )
 from llama2_lite.runtime.documents import file_stamps, matching_files
-from llama2_lite.runtime.talk import check_vocabulary
+from llama2_lite.runtime.talk import check_model_folder, check_vocabulary
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Preference
@@ -149,10 +149,8 @@ def read_start(folder: Path) -> LlamaConfig:
     Raises:
         FileNotFoundError: if there is no model.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: no config.json in it")
-    return read_config(path)
+    check_model_folder(folder)
+    return read_config(folder / "config.json")
 
 
 def check_fraction(fraction: float) -> None:

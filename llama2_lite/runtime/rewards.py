@@ -14,6 +14,7 @@ from llama2_lite.ppo import ScoreBoth, combine, model_scores
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardConfig, RewardModel
+from llama2_lite.runtime.talk import check_model_folder
 from llama2_lite.tokenizer import Tokenizer
 
 
@@ -31,10 +32,7 @@ def check_reward_models(
         raise ValueError("there is no reward model: give helpfulness, safety or both")
     wanted = Tokenizer(Path(start) / "tokenizer.model").sha256
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} is no model folder: no config.json in it"
-            )
+        check_model_folder(folder)
         if Tokenizer(folder / "tokenizer.model").sha256 != wanted:
             raise ValueError(
                 f"the reward model {folder} has another tokenizer than the policy "
