@@ -373,6 +373,31 @@ def test_the_folder_of_a_run_says_where_its_model_is(
     )
 
 
+@pytest.mark.parametrize("name", ["sft", "reject"])
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ("", "prompts: '': message 1 (user) is empty"),
+        ('["Hi", "a [/INST] b"]', "prompts: 'a [/INST] b': message 1 (user) contains"),
+        ("Hi " * 40, "tokens, but the context is 64, less 1 for the answer"),
+    ],
+)
+def test_prompts_are_looked_at_before_training(
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    name: str,
+    prompts: str,
+    sentence: str,
+) -> None:
+    folder = tmp_path / "run"
+    said = fails(*arguments(world, name, folder), f"--prompts={prompts}")
+    assert said.startswith("prompts: ")
+    assert sentence in said
+    assert not folder.exists()
+
+
 def test_what_is_required_is_named(fails) -> None:
     assert "start is missing" in fails("sft", "--data.files=a.jsonl")
     assert "data.files: give each" in fails("sft", "--start=/nowhere")

@@ -105,6 +105,7 @@ def test_missing_file(tmp_path, fails):
         (["stray"], ["'stray'"]),
         (["--seed"], ["--seed lacks its value"]),
         (["--prompts=[ROMEO:]"], ["prompts: [ROMEO:]", "quotes"]),
+        ([f"--prompts={'1 + 2 ' * 9}"], ["prompts: '1 + 2 ", "context of 32"]),
     ],
 )
 def test_bad_settings(tmp_path, text, fails, arguments, words):  # noqa: F811

@@ -20,6 +20,7 @@ from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.command import TrainingCommand, as_texts
+from llama2_lite.runtime.dialogs import context_limit
 from llama2_lite.runtime.file_data import (
     DialogFiles,
     FileData,
@@ -115,14 +116,29 @@ class SupervisedCommand(AlignmentCommand):
         add = parser.add_argument
         add("--prompts", type=str | list[str], default=[], help="What to answer last.")
 
+    def prompts(self) -> list[Dialog]:
+        """What to answer last."""
+        texts = as_texts("prompts", self.config.prompts)
+        return [[{"role": "user", "content": text}] for text in texts]
+
+    def run(self) -> None:
+        """Train, if the prompts can be answered: they are needed after all the work."""
+        check = context_limit(self.tokenizer(), self.model.config.max_seq_len, 1)
+        for dialog in self.prompts():
+            try:
+                check(dialog)
+            except ValueError as error:
+                text = dialog[0]["content"][:40]
+                raise ValueError(f"prompts: {text!r}: {error}") from None
+        super().run()
+
     def finish(self, folder: Path) -> None:
         """Answer the prompts, and say how well held-out answers are predicted."""
-        if prompts := as_texts("prompts", self.config.prompts):
+        if dialogs := self.prompts():
             model = Llama.from_pretrained(folder / "model")
-            dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
             answers = answer(model, self.tokenizer(), dialogs, max_new_tokens=128)
-            for prompt, text in zip(prompts, answers, strict=True):
-                print(f"\n{prompt}\n{text}")
+            for dialog, text in zip(dialogs, answers, strict=True):
+                print(f"\n{dialog[0]['content']}\n{text}")
         figures = self.figures()
         write_json(folder / "result.json", figures)
         print(

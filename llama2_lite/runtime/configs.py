@@ -90,17 +90,35 @@ def explain(message: str, parser: ArgumentParser) -> str:
     if lacking := re.search(r"argument (--[\w.]+)\S*: expected one", message):
         return f"{lacking[1]} lacks its value"
     if expected := re.search(r'Parser key "(.*)":\s*(.*)', message, re.DOTALL):
-        kind = re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", expected[2])
-        names = {"int": "a whole number", "float": "a number", "list": "a list"}
-        if kind and kind[1] in names:
-            return f"{expected[1]} must be {names[kind[1]]}, but is {kind[2]}"
-        if given := re.search(r"Given value: (.*)", expected[2]):
-            limit = re.search(r"restriction v(.*)", expected[2])
-            choices = re.findall(
-                r"Literal\[(.*?)\]", expected[2].partition("Errors")[0]
-            )
-            if limit or choices:
-                what = limit[1] if limit else f"one of {', '.join(choices)}"
-                return f"{expected[1]} must be {what}, but is {given[1]}"
-        return f"{expected[1]}: {expected[2]}"
+        key, why = expected.groups()
+        return _must_be(key, why) or f"{key}: {why}"
     return re.sub(r"Call to compute_fn of link .* failed: ", "", message)
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "bool": "true or false",
+    "PositiveInt": "a whole number above 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number that is not negative",
+    "ClosedUnitInterval": "a number from 0 to 1",
+}
+
+
+def _must_be(key: str, why: str) -> str | None:
+    """What a value should have been and what it is, if the parser's complaint says."""
+    given = re.search(
+        r"(?:Given|Got) value: (.*)|: (\S+) does not conform|'(.*)'$", why, re.DOTALL
+    )
+    choices = re.findall(r"Literal\[(.*?)\]", why.partition("Errors")[0])
+    found = re.findall(r"Not of type (\w+)|Expected an? <class '(\w+)'>", why)
+    kinds = {first or second for first, second in found} - {"NoneType"}
+    what = f"one of {', '.join(choices)}" if choices else ""
+    if not what and len(kinds) == 1:
+        what = KINDS.get(kinds.pop(), "")
+    if not given or not what:
+        return None
+    value = next(group for group in given.groups() if group is not None)
+    return f"{key} must be {what}, but is {value or 'empty'}"
