@@ -327,7 +327,55 @@ def test_bad_samples_are_named_or_dropped_and_counted(
         ("sft", ["--model.folder=x"], ["model.folder"]),
         ("reward", ["--data.margins=huge"], ["'huge'", "none, small, large"]),
         ("reward", ["--data.axis=kindness"], ["'kindness'", "helpfulness, safety"]),
-        ("reject", ["--data.k=0"], ["k=0"]),
+        ("reject", ["--data.k=0"], ["data.k must be a whole number above 0"]),
+        ("reject", ["--data.temperatures=[]"], ["data.temperatures is empty"]),
+        ("reject", ["--data.temperatures=[-1]"], ["data.temperatures must be"]),
+        ("reject", ["--data.safety="], ["data.safety_files", "give data.safety"]),
+        ("ppo", ["--model.safety="], ["data.safety_files", "give model.safety"]),
+        ("reward", ["--data.own_share=0.9"], ["data.own_share", "data.other_files"]),
+        (
+            "reward",
+            ["--data.other_files={files}", "--data.own_share=0"],
+            ["data.own_share must be above 0 and at most 1, not 0"],
+        ),
+        ("reward", ["--model.safety_weight=1"], ["model.safety_weight", "safety_bin"]),
+        *(
+            ("reward", [f"--model.{name}=-1"], [f"{name} must not be negative"])
+            for name in ("safety_weight", "likelihood_weight", "next_token_weight")
+        ),
+        *(
+            (name, [f"--data.{key}=0"], [f"data.{key} must be a", "above 0, but is 0"])
+            for name in COMMANDS
+            for key in ("epochs", "batch_size", "sequence_length")
+            if name != "ppo" or key == "batch_size"
+        ),
+        *(
+            ("gatt", [f"--data.{key}={value}"], [f"data.{key} must be a", value])
+            for key, value in (
+                ("context", "0"),
+                ("context", "-1"),
+                ("plain", "7"),
+                ("combined", "-0.5"),
+                ("temperature", "-1"),
+                ("max_new_tokens", "0"),
+            )
+        ),
+        *(
+            ("ppo", [f"--model.settings.{key}={value}"], [f"settings.{key} must be"])
+            for key, value in (
+                ("minibatch_size", "0"),
+                ("max_new_tokens", "-5"),
+                ("clip", "-0.2"),
+                ("lr", "0"),
+                ("critic_lr", "nan"),
+                ("clip_norm", "0"),
+                ("kl_weight", "-1"),
+                ("cut_penalty", "-1"),
+                ("weight_decay", "-1"),
+                ("gamma", "1.5"),
+                ("lam", "-0.1"),
+            )
+        ),
         (
             "reject",
             ["--data.sequence_length=20"],
@@ -353,8 +401,10 @@ def test_bad_settings(
     more: list[str],
     words: list[str],
 ) -> None:
+    more = [argument.format(files=world / "pairs.jsonl") for argument in more]
     sentence = fails(*arguments(world, name, tmp_path / "run"), *more)
     assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "chat", "generate"])

@@ -5,6 +5,7 @@ Each starts from a model folder and files of one's own, and leaves a model folde
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,13 @@ from llama2_lite.model import Llama
 from llama2_lite.ppo import PPOModule, PPOSettings
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
-from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
+from llama2_lite.reward import (
+    UNKNOWN,
+    RewardModel,
+    RewardModule,
+    count_right,
+    score_pairs,
+)
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.command import TrainingCommand, as_texts
 from llama2_lite.runtime.dialogs import context_limit
@@ -28,7 +35,11 @@ from llama2_lite.runtime.file_data import (
     PromptFiles,
     folder_stamps,
 )
-from llama2_lite.runtime.rewards import check_reward_models, open_reward
+from llama2_lite.runtime.rewards import (
+    check_gate,
+    check_reward_models,
+    open_reward,
+)
 from llama2_lite.runtime.rollouts import unsharded
 from llama2_lite.runtime.sampled_data import GhostData, RejectionData
 from llama2_lite.runtime.talk import check_model_folder
@@ -155,6 +166,23 @@ class RewardCommand(AlignmentCommand):
     data: ClassVar[type[FileData]] = PreferenceFiles
     start_key = "model.chat"
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse weights below 0, with which a model learns the contrary."""
+        super().before_instantiate_classes()
+        for name in ("safety_weight", "next_token_weight"):
+            if not (weight := self.config.model[name]) >= 0:
+                raise ValueError(f"model.{name} must not be negative, but is {weight}")
+
+    def run(self) -> None:
+        """Train, if there is something to learn of all that is weighed."""
+        rated = set(chain.from_iterable(self.datamodule.dataset.is_safe))
+        if self.model.safety_weight and rated == {UNKNOWN}:
+            raise ValueError(
+                "model.safety_weight has nothing to weigh: no pair of data.files has a "
+                "safety_bin, which says whose answers are safe"
+            )
+        super().run()
+
     def finish(self, folder: Path) -> None:
         """Say how many held-out pairs the best model ranks as annotators did."""
         pairs = self.datamodule.held_out_pairs
@@ -208,6 +236,26 @@ class RejectionCommand(SupervisedCommand):
 
 
 SETTINGS = PPOSettings()
+ABOVE_0 = ("minibatch_size", "max_new_tokens", "clip", "lr", "critic_lr", "clip_norm")
+FROM_0 = ("kl_weight", "cut_penalty", "weight_decay")
+
+
+def check_settings(settings: PPOSettings) -> None:
+    """Refuse numbers with which PPO would learn nothing, or the contrary.
+
+    Raises:
+        ValueError: if there is one; the sentence names its key.
+    """
+    for name, value in vars(settings).items():
+        if name in ABOVE_0 and not value > 0:
+            what = "above 0"
+        elif name in FROM_0 and not value >= 0:
+            what = "0 or more"
+        elif name in ("gamma", "lam") and not 0 <= value <= 1:
+            what = "from 0 to 1"
+        else:
+            continue
+        raise ValueError(f"model.settings.{name} must be {what}, but is {value}")
 
 
 class RewardedPPO(PPOModule):
@@ -231,6 +279,7 @@ class RewardedPPO(PPOModule):
         seed: int = 0,
         rollout: Literal["copy", "unshard"] = "copy",
     ):
+        check_settings(settings)
         super().__init__(folder, self.no_reward, settings, seed)
         self.rollout = rollout
         self.reward_folders = check_reward_models(helpfulness, safety, folder)
@@ -292,6 +341,8 @@ class PPOCommand(AlignmentCommand):
     def before_instantiate_classes(self) -> None:
         """Refuse what PPO has no use for."""
         super().before_instantiate_classes()
+        model, files = self.config.model, self.config.data.safety_files
+        check_gate(files, model.helpfulness, model.safety, "model.safety")
         if self.config.device_batch is not None:
             raise ValueError(
                 "ppo has no --device_batch: model.settings.minibatch_size says from "

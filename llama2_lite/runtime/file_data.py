@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -180,9 +181,9 @@ class DialogFiles(FileData, DialogDataModule):
         start: str,
         files: Files,
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 64,
-        epochs: float = 2.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        epochs: PositiveFloat = 2.0,
         train_on: str = "all",
         skip_bad: bool = False,
         seed: int = 0,
@@ -219,8 +220,8 @@ class PreferenceFiles(FileData, PreferenceDataModule):
             `llama2_lite.runtime.dialogs`.
         axis: what the pairs are about, "helpfulness" or "safety", where a file tells.
         other_files: pairs about the other axis, to mix in.
-        own_share: of the mix that is about this axis; the paper's is 0.5 for
-            helpfulness and 0.9 for safety.
+        own_share: of the mix that is about this axis; 0.5, as the paper has it for
+            helpfulness, if left out. Its share for safety is 0.9.
         margins: "none", "small" or "large"; 0 in any case where there is no level.
         validation_fraction: of the prompts of ``files`` that is held out to choose
             the best step by; as many again are held out to report the accuracy on.
@@ -240,12 +241,12 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         files: Files,
         axis: str = "helpfulness",
         other_files: Files | None = None,
-        own_share: float = 0.5,
+        own_share: float | None = None,
         margins: str = "small",
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 512,
-        epochs: float = 1.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 512,
+        epochs: PositiveFloat = 1.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -254,8 +255,10 @@ class PreferenceFiles(FileData, PreferenceDataModule):
                 f"validation_fraction={validation_fraction} must be between 0 and 0.5: "
                 "so much is held out to choose the best step by, and again to test"
             )
-        self.open_start(start, sequence_length)
         patterns, others = as_patterns(files), as_patterns(other_files)
+        if own_share is not None:
+            check_own_share(own_share, others)
+        self.open_start(start, sequence_length)
         limit = self.limit()
         read = read_preferences(patterns, axis=axis, limit=limit, skip_bad=skip_bad)
         self.bad = read.bad
@@ -272,7 +275,7 @@ class PreferenceFiles(FileData, PreferenceDataModule):
             held_out = [*self.held_out_pairs, *choosing]
             unseen = {dialog_key(pair.prompt) for pair in held_out}
             usable = [p for p in more.items if dialog_key(p.prompt) not in unseen]
-            train = mix_pairs(train, usable, own_share, seed)
+            train = mix_pairs(train, usable, own_share or 0.5, seed)
             self.bad += more.bad
 
         def as_tokens(pairs: list[Preference]) -> PreferenceDataset:
@@ -298,6 +301,16 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         _, n_groups = processes(self.trainer)
         with self.in_parts(n_groups):
             return super().val_dataloader()
+
+
+def check_own_share(share: float, others: list[str]) -> None:
+    """Refuse a share of a mix where there is nothing to mix, or that is no share."""
+    if not others:
+        raise ValueError(
+            "data.own_share is for a mix, but there are no data.other_files to mix in"
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"data.own_share must be above 0 and at most 1, not {share}")
 
 
 def prompt_of(pair: Preference) -> Dialog:
@@ -331,7 +344,7 @@ class PromptFiles(FileData, PromptDataModule):
         safety_files: Files | None = None,
         validation_prompts: int = 64,
         max_new_tokens: int = 64,
-        batch_size: int = 512,
+        batch_size: PositiveInt = 512,
         skip_bad: bool = False,
         seed: int = 0,
     ):

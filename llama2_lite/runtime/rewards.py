@@ -41,6 +41,21 @@ def check_reward_models(
     return folders
 
 
+def check_gate(
+    safety_files: Any, helpfulness: str | None, safety: str | None, key: str
+) -> None:
+    """Refuse prompts for which safety should decide where only helpfulness can.
+
+    Args:
+        key: that names a safety model.
+    """
+    if safety_files and helpfulness and not safety:
+        raise ValueError(
+            "data.safety_files holds prompts for which safety decides, but there is no "
+            f"safety model: give {key}, or name the files in data.files"
+        )
+
+
 def open_frozen(folder: Path, lay_out: LayOut[Any]) -> RewardModel:
     """A reward model that does not learn, where a layout puts it."""
     config = RewardConfig.read(folder)

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -44,7 +50,11 @@ from llama2_lite.runtime.file_data import (
     read_tagged_prompts,
 )
 from llama2_lite.runtime.progress import follow, make_console
-from llama2_lite.runtime.rewards import check_reward_models, open_reward
+from llama2_lite.runtime.rewards import (
+    check_gate,
+    check_reward_models,
+    open_reward,
+)
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import SystemInstruction, system_instructions
@@ -158,13 +168,13 @@ class RejectionData(SampledData):
         safety: str | None = None,
         sampler: str | None = None,
         earlier: Files | None = None,
-        k: int = 8,
-        temperatures: list[float] = [1.0],  # noqa: B006
-        max_new_tokens: int = 64,
+        k: PositiveInt = 8,
+        temperatures: list[NonNegativeFloat] = [1.0],  # noqa: B006
+        max_new_tokens: PositiveInt = 64,
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 64,
-        epochs: float = 2.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        epochs: PositiveFloat = 2.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -181,8 +191,9 @@ class RejectionData(SampledData):
         self.rewards = (helpfulness, safety)
         folders = check_reward_models(helpfulness, safety, self.sampler)
         self.sources["rewards"] = [folder_stamps(path) for path in folders]
-        if k < 1 or not temperatures:
-            raise ValueError(f"{k=} must be at least 1, and {temperatures=} not empty")
+        check_gate(safety_files, helpfulness, safety, "data.safety")
+        if not temperatures:
+            raise ValueError("data.temperatures is empty: give at least one")
         self.prompts, self.tagged = read_tagged_prompts(
             self, files, safety_files, max_new_tokens, skip_bad
         )
@@ -293,15 +304,15 @@ class GhostData(SampledData):
         files: Files,
         instructions: Files | None = None,
         sampler: str | None = None,
-        combined: float = 0.2,
-        plain: float = 0.1,
-        context: int | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
+        combined: ClosedUnitInterval = 0.2,
+        plain: ClosedUnitInterval = 0.1,
+        context: PositiveInt | None = None,
+        max_new_tokens: PositiveInt = 64,
+        temperature: NonNegativeFloat = 1.0,
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 64,
-        epochs: float = 2.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        epochs: PositiveFloat = 2.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
