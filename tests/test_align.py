@@ -339,10 +339,13 @@ def test_bad_samples_are_named_or_dropped_and_counted(
             ["data.own_share must be above 0 and at most 1, not 0"],
         ),
         ("reward", ["--model.safety_weight=1"], ["model.safety_weight", "safety_bin"]),
+        ("reward", ["--model.likelihood_weight=-1"], ["weight must not be negative"]),
         *(
-            ("reward", [f"--model.{name}=-1"], [f"{name} must not be negative"])
-            for name in ("safety_weight", "likelihood_weight", "next_token_weight")
+            ("reward", [f"--model.{name}=-1"], [f"model.{name} must be 0 or more"])
+            for name in ("safety_weight", "next_token_weight")
         ),
+        ("sft", ["--data.epochs=inf"], ["data.epochs must be a finite number"]),
+        ("gatt", ["--model.peak_lr=-1"], ["model.peak_lr must be above 0, but is -1"]),
         *(
             (name, [f"--data.{key}=0"], [f"data.{key} must be a", "above 0, but is 0"])
             for name in COMMANDS
@@ -367,7 +370,7 @@ def test_bad_samples_are_named_or_dropped_and_counted(
                 ("max_new_tokens", "-5"),
                 ("clip", "-0.2"),
                 ("lr", "0"),
-                ("critic_lr", "nan"),
+                ("critic_lr", ".nan"),
                 ("clip_norm", "0"),
                 ("kl_weight", "-1"),
                 ("cut_penalty", "-1"),

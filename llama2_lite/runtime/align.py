@@ -27,6 +27,7 @@ from llama2_lite.reward import (
 )
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.command import TrainingCommand, as_texts
+from llama2_lite.runtime.configs import check_ranges
 from llama2_lite.runtime.dialogs import context_limit
 from llama2_lite.runtime.file_data import (
     DialogFiles,
@@ -166,13 +167,6 @@ class RewardCommand(AlignmentCommand):
     data: ClassVar[type[FileData]] = PreferenceFiles
     start_key = "model.chat"
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse weights below 0, with which a model learns the contrary."""
-        super().before_instantiate_classes()
-        for name in ("safety_weight", "next_token_weight"):
-            if not (weight := self.config.model[name]) >= 0:
-                raise ValueError(f"model.{name} must not be negative, but is {weight}")
-
     def run(self) -> None:
         """Train, if there is something to learn of all that is weighed."""
         rated = set(chain.from_iterable(self.datamodule.dataset.is_safe))
@@ -236,26 +230,6 @@ class RejectionCommand(SupervisedCommand):
 
 
 SETTINGS = PPOSettings()
-ABOVE_0 = ("minibatch_size", "max_new_tokens", "clip", "lr", "critic_lr", "clip_norm")
-FROM_0 = ("kl_weight", "cut_penalty", "weight_decay")
-
-
-def check_settings(settings: PPOSettings) -> None:
-    """Refuse numbers with which PPO would learn nothing, or the contrary.
-
-    Raises:
-        ValueError: if there is one; the sentence names its key.
-    """
-    for name, value in vars(settings).items():
-        if name in ABOVE_0 and not value > 0:
-            what = "above 0"
-        elif name in FROM_0 and not value >= 0:
-            what = "0 or more"
-        elif name in ("gamma", "lam") and not 0 <= value <= 1:
-            what = "from 0 to 1"
-        else:
-            continue
-        raise ValueError(f"model.settings.{name} must be {what}, but is {value}")
 
 
 class RewardedPPO(PPOModule):
@@ -279,7 +253,7 @@ class RewardedPPO(PPOModule):
         seed: int = 0,
         rollout: Literal["copy", "unshard"] = "copy",
     ):
-        check_settings(settings)
+        check_ranges("model.settings", vars(settings))
         super().__init__(folder, self.no_reward, settings, seed)
         self.rollout = rollout
         self.reward_folders = check_reward_models(helpfulness, safety, folder)

@@ -2,11 +2,14 @@
 
 import difflib
 import re
+from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import restricted_number_type
 
 R = TypeVar("R")
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -95,6 +98,40 @@ def explain(message: str, parser: ArgumentParser) -> str:
     return re.sub(r"Call to compute_fn of link .* failed: ", "", message)
 
 
+ABOVE_0 = (
+    *("lr", "peak_lr", "critic_lr", "clip", "clip_norm"),
+    *("minibatch_size", "max_new_tokens"),
+)
+FROM_0 = (
+    *("warmup", "weight_decay", "kl_weight", "cut_penalty"),
+    *("safety_weight", "next_token_weight"),
+)
+SHARES = ("gamma", "lam")
+
+
+def check_ranges(group: str, values: Mapping[str, Any]) -> None:
+    """Refuse numbers with which a model learns nothing, or the contrary.
+
+    Args:
+        group: of the keys.
+        values: by key; others than numbers of learning are not looked at.
+
+    Raises:
+        ValueError: if there is such a number; the sentence names its key.
+    """
+    for name, value in values.items():
+        if name in ABOVE_0 and not value > 0:
+            what = "above 0"
+        elif name in FROM_0 and not value >= 0:
+            what = "0 or more"
+        elif name in SHARES and not 0 <= value <= 1:
+            what = "from 0 to 1"
+        else:
+            continue
+        raise ValueError(f"{group}.{name} must be {what}, but is {value}")
+
+
+Epochs = restricted_number_type("Epochs", float, [(">", 0), ("<", inf)])
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -102,6 +139,7 @@ KINDS = {
     "bool": "true or false",
     "PositiveInt": "a whole number above 0",
     "PositiveFloat": "a number above 0",
+    "Epochs": "a finite number above 0",
     "NonNegativeFloat": "a number that is not negative",
     "ClosedUnitInterval": "a number from 0 to 1",
 }

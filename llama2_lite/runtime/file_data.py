@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -21,6 +21,7 @@ from llama2_lite.reward import (
     PreferenceDataset,
     mix_pairs,
 )
+from llama2_lite.runtime.configs import Epochs
 from llama2_lite.runtime.dialogs import (
     AXES,
     context_limit,
@@ -183,7 +184,7 @@ class DialogFiles(FileData, DialogDataModule):
         validation_fraction: float = 0.1,
         sequence_length: PositiveInt | None = None,
         batch_size: PositiveInt = 64,
-        epochs: PositiveFloat = 2.0,
+        epochs: Epochs = 2.0,
         train_on: str = "all",
         skip_bad: bool = False,
         seed: int = 0,
@@ -246,7 +247,7 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         validation_fraction: float = 0.1,
         sequence_length: PositiveInt | None = None,
         batch_size: PositiveInt = 512,
-        epochs: PositiveFloat = 1.0,
+        epochs: Epochs = 1.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):

@@ -10,7 +10,6 @@ import torch
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
 )
 from lightning import LightningDataModule
@@ -33,6 +32,7 @@ from llama2_lite.rejection import (
     sample_answers,
     score_answers,
 )
+from llama2_lite.runtime.configs import Epochs
 from llama2_lite.runtime.dialogs import (
     Read,
     collect,
@@ -174,7 +174,7 @@ class RejectionData(SampledData):
         validation_fraction: float = 0.1,
         sequence_length: PositiveInt | None = None,
         batch_size: PositiveInt = 64,
-        epochs: PositiveFloat = 2.0,
+        epochs: Epochs = 2.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -312,7 +312,7 @@ class GhostData(SampledData):
         validation_fraction: float = 0.1,
         sequence_length: PositiveInt | None = None,
         batch_size: PositiveInt = 64,
-        epochs: PositiveFloat = 2.0,
+        epochs: Epochs = 2.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
