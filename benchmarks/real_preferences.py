@@ -1,12 +1,14 @@
-"""Reward models on real pairs: `python benchmarks/real_preferences.py FOLDER`.
+"""Reward models on real pairs: `python benchmarks/real_preferences.py [FOLDER]`.
 
 The folder holds `hh_harmless_1500.jsonl.gz` (transcripts of HH-RLHF) and
-`instructions_with_preference_900.json`. For each of five folds, the commands
-`pretrain`, `sft` and `reward` make a small reward model from the other four and nothing
-else. It ranks the pairs of the fold, and so do a logistic regression on bags of words,
-which saw the same pairs, and the rule that the longer answer is better.
+`instructions_with_preference_900.json`; it is ../shared/data beside the repository if
+left out, and where that is not there, nothing is done. For each of five folds, the
+commands `pretrain`, `sft` and `reward` make a small reward model from the other four
+and nothing else. It ranks the pairs of the fold, and so do a logistic regression on
+bags of words, which saw the same pairs, and the rule that the longer answer is better.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -48,6 +50,7 @@ CONFIG = {
     "strengths": [0.001, 0.01, 0.1, 1.0],  # of the regression's L2 penalty
 }
 SEED = 0
+SOURCE = Path(__file__).resolve().parents[2] / "shared" / "data"
 OUTPUT = Path(__file__).parent / "results" / "real_preferences.json"
 
 
@@ -162,7 +165,7 @@ def fits(pair: Preference) -> bool:
     return before + longest <= CONFIG["longest_answer_and_prompt"]
 
 
-def main(source: Path, n_folds: int) -> None:
+def study(source: Path, n_folds: int) -> None:
     results = {}
     for name, (file, axis) in CONFIG["files"].items():
         read = read_preferences([str(source / file)], axis=axis, skip_bad=True)
@@ -210,5 +213,16 @@ def main(source: Path, n_folds: int) -> None:
         )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=SOURCE)
+    parser.add_argument("folds", nargs="?", type=int, default=CONFIG["folds"])
+    options = parser.parse_args()
+    if options.folder == SOURCE and not SOURCE.is_dir():
+        print(f"skipped: real pairs ({SOURCE}) are not on this machine")
+        return
+    study(options.folder, options.folds)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else CONFIG["folds"])
+    main()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.cli import main
 from llama2_lite.runtime.dialogs import read_dialogs
 from llama2_lite.runtime.file_data import DialogFiles, PreferenceFiles
+from llama2_lite.runtime.rewards import open_reward
 from llama2_lite.runtime.sampled_data import GhostData
 from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
 from llama2_lite.runtime.usage import usage
@@ -176,6 +178,23 @@ def test_rejection_keeps_the_best_answers(
     ]
 
 
+def test_best_answers_that_are_too_long_are_counted(
+    finished: dict[str, Path], world: Path, tmp_path: Path, capfd
+) -> None:
+    figures = json.loads((finished["reject"] / "result.json").read_text())
+    assert figures["too_long"] == 0
+    folder = shutil.copytree(finished["reject"], tmp_path / "run")
+    long = [("user", "What is 1 + 2?"), ("assistant", "It is 3. " * 20)]
+    dialog = [{"role": role, "content": text} for role, text in long]
+    with (folder / "sampled" / "dialogs.jsonl").open("a") as file:
+        file.write(json.dumps({"dialog": dialog, "score": 1.0}) + "\n")
+    assert main(arguments(world, "reject", folder)) == 0
+    again = json.loads((folder / "result.json").read_text())
+    assert again == figures | {"too_long": 1}
+    said = capfd.readouterr().out
+    assert said.endswith("best answers left out, longer than 64 tokens: 1\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_finished_run_says_the_same_again(
     finished: dict[str, Path], world: Path, name: str, capfd
@@ -301,29 +320,135 @@ def test_bad_samples_are_named_or_dropped_and_counted(
         ("sft", ["--start=/nowhere"], ["/nowhere", "no config.json"]),
         ("sft", ["--data.files=/nowhere/*.jsonl"], ["no file matches /nowhere"]),
         ("sft", ["--data.sequence_length=100"], ["100", "context", "64 tokens"]),
-        ("sft", ["--data.sequence_length=8"], ["line 1", "tokens, but the context 8"]),
+        ("sft", ["--data.sequence_length=8"], ["line 1", "data.sequence_length is 8"]),
         ("sft", ["--data.train_on=some"], ["train_on", "'some'"]),
         ("sft", ["--data.validation_fraction=1"], ["validation_fraction"]),
         ("sft", ["--data.epchs=1"], ["'data.epchs'", "did you mean data.epochs"]),
         ("sft", ["--model.folder=x"], ["model.folder"]),
         ("reward", ["--data.margins=huge"], ["'huge'", "none, small, large"]),
         ("reward", ["--data.axis=kindness"], ["'kindness'", "helpfulness, safety"]),
-        ("reject", ["--data.k=0"], ["k=0"]),
+        ("reject", ["--data.k=0"], ["data.k must be a whole number above 0"]),
+        ("reject", ["--data.temperatures=[]"], ["data.temperatures is empty"]),
+        ("reject", ["--data.temperatures=[-1]"], ["data.temperatures must be"]),
+        ("reject", ["--data.safety="], ["data.safety_files", "give data.safety"]),
+        ("ppo", ["--model.safety="], ["data.safety_files", "give model.safety"]),
+        ("reward", ["--data.own_share=0.9"], ["data.own_share", "data.other_files"]),
+        (
+            "reward",
+            ["--data.other_files={files}", "--data.own_share=0"],
+            ["data.own_share must be above 0 and at most 1, not 0"],
+        ),
+        ("reward", ["--model.safety_weight=1"], ["model.safety_weight", "safety_bin"]),
+        ("reward", ["--model.likelihood_weight=-1"], ["weight must not be negative"]),
+        *(
+            ("reward", [f"--model.{name}=-1"], [f"model.{name} must be 0 or more"])
+            for name in ("safety_weight", "next_token_weight")
+        ),
+        ("sft", ["--data.epochs=inf"], ["data.epochs must be a finite number"]),
+        ("gatt", ["--model.peak_lr=-1"], ["model.peak_lr must be above 0, but is -1"]),
+        *(
+            (name, [f"--data.{key}=0"], [f"data.{key} must be a", "above 0, but is 0"])
+            for name in COMMANDS
+            for key in ("epochs", "batch_size", "sequence_length")
+            if name != "ppo" or key == "batch_size"
+        ),
+        *(
+            ("gatt", [f"--data.{key}={value}"], [f"data.{key} must be a", value])
+            for key, value in (
+                ("context", "0"),
+                ("context", "-1"),
+                ("plain", "7"),
+                ("combined", "-0.5"),
+                ("temperature", "-1"),
+                ("max_new_tokens", "0"),
+            )
+        ),
+        *(
+            ("ppo", [f"--model.settings.{key}={value}"], [f"settings.{key} must be"])
+            for key, value in (
+                ("minibatch_size", "0"),
+                ("max_new_tokens", "-5"),
+                ("clip", "-0.2"),
+                ("lr", "0"),
+                ("critic_lr", ".nan"),
+                ("clip_norm", "0"),
+                ("kl_weight", "-1"),
+                ("cut_penalty", "-1"),
+                ("weight_decay", "-1"),
+                ("gamma", "1.5"),
+                ("lam", "-0.1"),
+            )
+        ),
+        (
+            "reject",
+            ["--data.sequence_length=20"],
+            ["tokens, but data.sequence_length is 20, less 8 for the answer"],
+        ),
         (
             "gatt",
             ["--data.context=2"],
-            ["line 1", "told at every turn", "context is 64"],
+            ["line 1", "told at every turn", "but the context is 64"],
         ),
+        ("gatt", ["--data.sequence_length=60"], ["but data.sequence_length is 60"]),
         ("ppo", ["--data.validation_prompts=37"], ["validation_prompts", "37 prompts"]),
         ("ppo", ["--model.settings.max_new_tokens=60"], ["less 60 for the answer"]),
         ("ppo", ["--model.settings.minibatch_size=3"], ["minibatches of 3"]),
     ],
 )
 def test_bad_settings(
-    world: Path, tmp_path: Path, fails, name: str, more: list[str], words: list[str]
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    name: str,
+    more: list[str],
+    words: list[str],
 ) -> None:
+    more = [argument.format(files=world / "pairs.jsonl") for argument in more]
     sentence = fails(*arguments(world, name, tmp_path / "run"), *more)
     assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "chat", "generate"])
+def test_the_folder_of_a_run_says_where_its_model_is(
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails, name: str
+) -> None:
+    folder = finished["sft"]
+    if name in COMMANDS:
+        run = [*arguments(world, name, tmp_path / "run"), f"--start={folder}"]
+    else:
+        run = [name, str(folder), *(["Hi"] if name == "generate" else [])]
+    sentence = fails(*run)
+    assert sentence == (
+        f"{folder} is no model folder: no config.json in it; this run has its model "
+        f"in {folder / 'model'}"
+    )
+
+
+@pytest.mark.parametrize("name", ["sft", "reject"])
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        ("", "prompts: '': message 1 (user) is empty"),
+        ('["Hi", "a [/INST] b"]', "prompts: 'a [/INST] b': message 1 (user) contains"),
+        ("Hi " * 40, "tokens, but the context is 64, less 1 for the answer"),
+    ],
+)
+def test_prompts_are_looked_at_before_training(
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    name: str,
+    prompts: str,
+    sentence: str,
+) -> None:
+    folder = tmp_path / "run"
+    said = fails(*arguments(world, name, folder), f"--prompts={prompts}")
+    assert said.startswith("prompts: ")
+    assert sentence in said
+    assert not folder.exists()
 
 
 def test_what_is_required_is_named(fails) -> None:
@@ -333,7 +458,9 @@ def test_what_is_required_is_named(fails) -> None:
 
 
 @pytest.mark.parametrize("name", ["reject", "ppo"])
-def test_reward_models_must_fit(world: Path, tmp_path: Path, fails, name: str) -> None:
+def test_reward_models_must_fit(
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails, name: str
+) -> None:
     part = "data" if name == "reject" else "model"
     run = arguments(world, name, tmp_path / "run")
     other = shutil.copytree(world / "safe", tmp_path / "other")
@@ -344,14 +471,37 @@ def test_reward_models_must_fit(world: Path, tmp_path: Path, fails, name: str) -
     without = [argument for argument in run if not argument.startswith(names)]
     assert "there is no reward model" in fails(*without)
     assert "no config.json" in fails(*run, f"--{part}.safety=/nowhere")
+    sentence = fails(*run, f"--{part}.safety={finished['reward']}")
+    assert sentence.endswith(f"this run has its model in {finished['reward']}/model")
     sentence = fails(*run, f"--{part}.safety={world}/start")
     assert "score.weight" in sentence
 
 
-@pytest.mark.parametrize(("value", "words"), [(0.0, "equal"), (float("nan"), "finite")])
-@pytest.mark.parametrize("name", ["reject", "ppo"])
+BOTH = ["helpfulness", "safety"]
+NOT_FINITE = r"the reward model {broken} gives \d+ of \d+ answers a score such as nan, "
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "broken", "sentence"),
+    [
+        ("reject", 0.0, BOTH, r"all \d+ answers have the score 0: there is no best"),
+        ("ppo", 0.0, BOTH, r"all \d+ rewards are equal: nothing can be learnt"),
+        *(
+            (name, float("nan"), broken, NOT_FINITE)
+            for name in ("reject", "ppo")
+            for broken in (BOTH, ["helpfulness"], ["safety"])
+        ),
+    ],
+)
 def test_useless_rewards_stop_the_run(
-    world: Path, tmp_path: Path, fails, name: str, value: float, words: str
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    name: str,
+    value: float,
+    broken: list[str],
+    sentence: str,
 ) -> None:
     part = "data" if name == "reject" else "model"
     folder = shutil.copytree(world / "safe", tmp_path / "broken")
@@ -360,9 +510,30 @@ def test_useless_rewards_stop_the_run(
     tensors["score.weight"] = torch.full_like(tensors["score.weight"], value)
     save_file(tensors, path, {"format": "pt"})
     run = arguments(world, name, tmp_path / "run")
-    both = [f"--{part}.safety={folder}", f"--{part}.helpfulness={folder}"]
-    sentence = fails(*run, *both)
-    assert words in sentence or "same" in sentence or "all" in sentence, sentence
+    # where a prompt is tagged, a broken safety model shows even without a check
+    run = [argument for argument in run if "safety_files" not in argument]
+    said = fails(*run, *(f"--{part}.{axis}={folder}" for axis in broken))
+    assert re.match(sentence.format(broken=folder), said), said
+
+
+def test_a_single_reward_model_reads_each_answer_once(world: Path, monkeypatch) -> None:
+    folder, texts = world / "helpful", ["It is 3.", "No, 1!"]
+    prompt = {"role": "user", "content": "What is 1 + 2?"}
+    sizes, place = RewardConfig.read(folder), torch.device("cpu")
+    score = open_reward(None, str(folder), folder, sizes, [], place)
+    dialogs = [[prompt, {"role": "assistant", "content": text}] for text in texts]
+    expected = RewardModel.from_pretrained(folder).score(
+        Tokenizer(world / "t.model"), dialogs
+    )
+    forward, read = RewardModel.forward, []
+
+    def counted(self: RewardModel, *batch: torch.Tensor) -> torch.Tensor:
+        read.append(len(batch[0]))
+        return forward(self, *batch)
+
+    monkeypatch.setattr(RewardModel, "forward", counted)
+    torch.testing.assert_close(score([[prompt]] * 2, texts), expected)
+    assert read == [2]
 
 
 def test_a_folder_with_another_run_is_left_alone(

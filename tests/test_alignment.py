@@ -71,6 +71,10 @@ def test_tables(capsys):
     out = capsys.readouterr().out
     assert "75.0 [70, 80]" in out
     assert "1.5" in out
+    (wins,) = (line for line in out.splitlines() if "helpful wins" in line)
+    assert "60.0 [30, 80]" in wins
+    (ties,) = (line for line in out.splitlines() if "helpful ties" in line)
+    assert "23.1 [8, 50]" in ties  # 3 of 13, by Wilson's formula
     (told,) = (line for line in out.splitlines() if "10.0 [5, 20]" in line)
     assert "80.0 [70, 85]" in told.partition("10.0")[2]
     assert write_share(None) == ""

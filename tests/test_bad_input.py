@@ -98,6 +98,7 @@ def test_missing_file(tmp_path, fails):
         (["--model.pek_lr=1"], ["'model.pek_lr'", "did you mean model.peak_lr"]),
         (["--model.config.dmi=1"], ["'model.config.dmi'", "model.config.dim"]),
         (["--trainer.max_stepz", "1"], ["'trainer.max_stepz'", "trainer.max_steps"]),
+        (["--model.clip_norm=0"], ["model.clip_norm must be above 0, but is 0"]),
         (["--model.peak_lr=high"], ["model.peak_lr", "a number, but is high"]),
         (["--model.config.dim=1.5"], ["dim must be a whole number, but is 1.5"]),
         (["--trainer.max_steps=-1"], ["max_steps"]),
@@ -105,6 +106,7 @@ def test_missing_file(tmp_path, fails):
         (["stray"], ["'stray'"]),
         (["--seed"], ["--seed lacks its value"]),
         (["--prompts=[ROMEO:]"], ["prompts: [ROMEO:]", "quotes"]),
+        ([f"--prompts={'1 + 2 ' * 9}"], ["prompts: '1 + 2 ", "context of 32"]),
     ],
 )
 def test_bad_settings(tmp_path, text, fails, arguments, words):  # noqa: F811

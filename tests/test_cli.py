@@ -303,7 +303,9 @@ def test_a_signal_before_training_says_so(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("--device_batch=0", "device_batch must be >0, but is 0"),
+        ("--device_batch=0", "device_batch must be a whole number above 0, but is 0"),
+        ("--stop_within=", "stop_within must be a number above 0, but is empty"),
+        ("--sample_tokens=0", "sample_tokens must be a whole number above 0, but is 0"),
         ("--trainer.precision=fp8", "'bf16-mixed', '32-true'"),
     ],
 )

@@ -254,6 +254,7 @@ def test_lists_in_json_are_read_with_their_lines(
 
 
 MESSAGES = [user("Hi"), assistant("Hello.")]
+NO_REPLIES = "line 1: the field 'replies' is not a list of messages"
 
 
 @pytest.mark.parametrize(
@@ -293,6 +294,22 @@ MESSAGES = [user("Hi"), assistant("Hello.")]
         (
             [{"prompt": {"role": "x", "text": "Hi"}}],
             "line 1: the role 'x' is not prompter",
+        ),
+        *(
+            ([{"prompt": reply("prompter", "Hi") | {"replies": replies}}], NO_REPLIES)
+            for replies in (5, [3], {"role": "assistant"})
+        ),
+        (
+            [{"prompt": reply("prompter", "Hi", None, reply("assistant", "a", [1]))}],
+            r"line 1: the rank \[1\] is not a number",
+        ),
+        (
+            [{"message_id": ["a"], "parent_id": None}],
+            "line 1: the field 'message_id' is not a string",
+        ),
+        (
+            [{"message_id": "a", "parent_id": ["b"]}],
+            "line 1: the field 'parent_id' is not a string",
         ),
     ],
 )
@@ -343,6 +360,55 @@ def test_bad_pairs_are_named(tmp_path: Path, record: dict, sentence: str) -> Non
     assert len(read.bad) == 1
 
 
+LAYOUTS = {
+    "our own": [{"prompt": HH_PROMPT, "chosen": "a", "rejected": "b", "level": None}],
+    "dialogue": [{"dialog": [*HH_PROMPT, assistant("No.")]}],
+    "HH-RLHF": [HH],
+    "Alpaca": [ALPACA],
+    "PKU-SafeRLHF": [SAFE_RLHF],
+    "OpenAssistant": [TREE],
+    "OpenAssistant's messages": flatten(TREE["prompt"]),
+}
+
+
+def places_in(value: object, path: tuple = ()) -> list[tuple]:
+    """The paths to all that a record holds."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, item in inside:
+        found.append((*path, key))
+        if isinstance(item, dict | list):
+            found += places_in(item, (*path, key))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(st.data())
+@settings(max_examples=60)
+def test_whatever_stands_in_a_field_no_other_record_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, layout: str, data: st.DataObject
+) -> None:
+    records = json.loads(json.dumps(LAYOUTS[layout]))
+    *above, key = data.draw(st.sampled_from(places_in(records)))
+    place = records
+    for step in above:
+        place = place[step]
+    place[key] = data.draw(json_values | st.sampled_from([[[]], [{}], [3], 1e999]))
+    file = tmp_path_factory.getbasetemp() / "strange.jsonl"
+    good = {"prompt": "And this one?", "chosen": "a", "rejected": "b"}
+    path = write_lines(file, *records, good)
+    for read, axis in (
+        (read_dialogs, {}),
+        (read_prompts, {}),
+        (read_preferences, {"axis": "helpfulness"}),
+        (read_preferences, {"axis": "safety"}),
+    ):
+        found = read([path], skip_bad=True, **axis)
+        assert any("And this one?" in str(item) for item in found.items)
+        lines = [sentence.removeprefix(f"{path}, line ") for sentence in found.bad]
+        assert all(line.split(":")[0].isdigit() for line in lines)
+
+
 def test_rows_of_parquet_are_named(tmp_path: Path) -> None:
     rows = [ALPACA] * 1500 + [ALPACA | {"output": None}]
     path = str(tmp_path / "a.parquet")
@@ -358,7 +424,7 @@ def test_too_long_for_the_context(tmp_path: Path) -> None:
     long = {"dialog": [user("1 and 2 make 3. " * 20), assistant("Yes.")]}
     path = write_lines(tmp_path / "a.jsonl", {"dialog": MESSAGES}, long)
     assert len(read_dialogs([path]).items) == 2
-    with pytest.raises(ValueError, match=r"line 2: .* tokens, but the context 60"):
+    with pytest.raises(ValueError, match=r"line 2: .* tokens, but the context is 60"):
         read_dialogs([path], limit=limit)
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "1 and 2 make 3. " * 20}
     path = write_lines(tmp_path / "b.jsonl", pair, pair | {"rejected": "b"})

@@ -98,17 +98,33 @@ def test_single_short_and_long_dialogues_are_served_in_turn(folder, tokenizer, t
     assert batch.tokens.equal(served.held_out[0].tokens)
 
 
-def test_held_out_instructions_are_never_to_be_remembered(folder, tokenizer, town):
-    model = Llama.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def many(folder: Path, tokenizer: Tokenizer, town: Town) -> list[GhostDialog]:
+    """Sixty dialogues of one turn, and sixty of two."""
     recipe = replace(TINY, dialogs=[[60, 1], [60, 2]], combined=0, plain=0)
-    made = sample_ghosts(model, tokenizer, town, recipe)
+    return sample_ghosts(Llama.from_pretrained(folder), tokenizer, town, recipe)
+
+
+def test_no_held_out_request_is_trained_on(many, town):
+    held_out = {task.prompt for task in town.tasks("held_out")}
+    asked = {
+        message["content"]
+        for one in many
+        for message in one.dialog
+        if message["role"] == "user"
+    }
+    assert len(asked) > 100
+    assert not asked & held_out
+
+
+def test_held_out_instructions_are_never_to_be_remembered(many):
     kept = {
         text
         for one in system_instructions("held_out")
         for text in (one.text, one.short)
     }
-    assert any(one.instruction in kept for one in made[:60])
-    assert not any(one.instruction in kept for one in made[60:])
+    assert any(one.instruction in kept for one in many[:60])
+    assert not any(one.instruction in kept for one in many[60:])
 
 
 def test_dialogues_are_kept_for_the_chapter(folder, tokenizer, town, tmp_path):

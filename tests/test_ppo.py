@@ -4,11 +4,12 @@ import csv
 import math
 import socket
 from dataclasses import fields
+from itertools import product
 from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -114,6 +115,22 @@ def test_whitening_has_mean_0_and_variance_1(seed, n, shift):
     white = whiten(draw(seed, n) * 7 + shift)
     assert abs(white.mean()) < 1e-4
     assert abs(white.square().mean() - 1) < 1e-4
+
+
+@given(**SIZES)
+def test_whitening_token_by_token(seed, n_rows, n_tokens):
+    mask = draw_mask(seed, n_rows, n_tokens)
+    scores = draw(seed, n_rows, n_tokens) * 7 + 3
+    places = [tuple(place) for place in mask.nonzero().tolist()]
+    assume(len(places) > 1)
+    mean = sum(scores[place].item() for place in places) / len(places)
+    squares = [(scores[place].item() - mean) ** 2 for place in places]
+    deviation = math.sqrt(sum(squares) / len(places))
+    white = whiten(scores, mask)
+    for place in product(range(n_rows), range(n_tokens)):
+        inside = place in places
+        expected = (scores[place].item() - mean) / deviation if inside else 0.0
+        assert white[place].item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Each starts from a model folder and files of one's own, and leaves a model folde
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +18,17 @@ from llama2_lite.model import Llama
 from llama2_lite.ppo import PPOModule, PPOSettings
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
-from llama2_lite.reward import RewardModel, RewardModule, count_right, score_pairs
+from llama2_lite.reward import (
+    UNKNOWN,
+    RewardModel,
+    RewardModule,
+    count_right,
+    score_pairs,
+)
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.command import TrainingCommand, as_texts
+from llama2_lite.runtime.configs import check_ranges
+from llama2_lite.runtime.dialogs import context_limit
 from llama2_lite.runtime.file_data import (
     DialogFiles,
     FileData,
@@ -27,9 +36,14 @@ from llama2_lite.runtime.file_data import (
     PromptFiles,
     folder_stamps,
 )
-from llama2_lite.runtime.rewards import check_reward_models, open_reward
+from llama2_lite.runtime.rewards import (
+    check_gate,
+    check_reward_models,
+    open_reward,
+)
 from llama2_lite.runtime.rollouts import unsharded
 from llama2_lite.runtime.sampled_data import GhostData, RejectionData
+from llama2_lite.runtime.talk import check_model_folder
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, KeepBest
 from llama2_lite.sft import SupervisedModule
 
@@ -65,6 +79,11 @@ class AlignmentCommand(TrainingCommand):
         parser.link_arguments("start", "data.start")
         parser.link_arguments("skip_bad", "data.skip_bad")
         parser.link_arguments("seed", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the model first: not every module could say where a run has it."""
+        super().before_instantiate_classes()
+        check_model_folder(Path(self.config.start))
 
     def run(self) -> None:
         """Say what was read, then train."""
@@ -109,14 +128,29 @@ class SupervisedCommand(AlignmentCommand):
         add = parser.add_argument
         add("--prompts", type=str | list[str], default=[], help="What to answer last.")
 
+    def prompts(self) -> list[Dialog]:
+        """What to answer last."""
+        texts = as_texts("prompts", self.config.prompts)
+        return [[{"role": "user", "content": text}] for text in texts]
+
+    def run(self) -> None:
+        """Train, if the prompts can be answered: they are needed after all the work."""
+        check = context_limit(self.tokenizer(), self.model.config.max_seq_len, 1)
+        for dialog in self.prompts():
+            try:
+                check(dialog)
+            except ValueError as error:
+                text = dialog[0]["content"][:40]
+                raise ValueError(f"prompts: {text!r}: {error}") from None
+        super().run()
+
     def finish(self, folder: Path) -> None:
         """Answer the prompts, and say how well held-out answers are predicted."""
-        if prompts := as_texts("prompts", self.config.prompts):
+        if dialogs := self.prompts():
             model = Llama.from_pretrained(folder / "model")
-            dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
             answers = answer(model, self.tokenizer(), dialogs, max_new_tokens=128)
-            for prompt, text in zip(prompts, answers, strict=True):
-                print(f"\n{prompt}\n{text}")
+            for dialog, text in zip(dialogs, answers, strict=True):
+                print(f"\n{dialog[0]['content']}\n{text}")
         figures = self.figures()
         write_json(folder / "result.json", figures)
         print(
@@ -132,6 +166,16 @@ class RewardCommand(AlignmentCommand):
     module = RewardModule
     data: ClassVar[type[FileData]] = PreferenceFiles
     start_key = "model.chat"
+
+    def run(self) -> None:
+        """Train, if there is something to learn of all that is weighed."""
+        rated = set(chain.from_iterable(self.datamodule.dataset.is_safe))
+        if self.model.safety_weight and rated == {UNKNOWN}:
+            raise ValueError(
+                "model.safety_weight has nothing to weigh: no pair of data.files has a "
+                "safety_bin, which says whose answers are safe"
+            )
+        super().run()
 
     def finish(self, folder: Path) -> None:
         """Say how many held-out pairs the best model ranks as annotators did."""
@@ -177,6 +221,13 @@ class RejectionCommand(SupervisedCommand):
         super().add_arguments_to_parser(parser)
         parser.link_arguments("output", "data.folder")
 
+    def finish(self, folder: Path) -> None:
+        """Say also how many answers were chosen in vain."""
+        super().finish(folder)
+        if too_long := self.datamodule.counts["too_long"]:
+            longest = self.datamodule.sequence_length
+            print(f"best answers left out, longer than {longest} tokens: {too_long:,}")
+
 
 SETTINGS = PPOSettings()
 
@@ -202,6 +253,7 @@ class RewardedPPO(PPOModule):
         seed: int = 0,
         rollout: Literal["copy", "unshard"] = "copy",
     ):
+        check_ranges("model.settings", vars(settings))
         super().__init__(folder, self.no_reward, settings, seed)
         self.rollout = rollout
         self.reward_folders = check_reward_models(helpfulness, safety, folder)
@@ -263,6 +315,8 @@ class PPOCommand(AlignmentCommand):
     def before_instantiate_classes(self) -> None:
         """Refuse what PPO has no use for."""
         super().before_instantiate_classes()
+        model, files = self.config.model, self.config.data.safety_files
+        check_gate(files, model.helpfulness, model.safety, "model.safety")
         if self.config.device_batch is not None:
             raise ValueError(
                 "ppo has no --device_batch: model.settings.minibatch_size says from "

@@ -14,7 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from llama2_lite.pretraining import best_precision
 from llama2_lite.runtime.artifacts import write_json
-from llama2_lite.runtime.configs import explain, find_config, read_yaml
+from llama2_lite.runtime.configs import (
+    check_ranges,
+    explain,
+    find_config,
+    read_yaml,
+)
 from llama2_lite.runtime.progress import TrainingProgress, make_console
 from llama2_lite.runtime.stopping import Watch
 from llama2_lite.runtime.strategy import divide
@@ -96,7 +101,8 @@ class TrainingCommand(LightningCLI):
         seed_everything(self.config.seed, verbose=False)
 
     def before_instantiate_classes(self) -> None:
-        """Choose what the configuration leaves open."""
+        """Choose what the configuration leaves open, and refuse what makes no sense."""
+        check_ranges("model", vars(self.config.model))
         if self.config.trainer.precision is None:
             self.config.trainer.precision = best_precision()
 

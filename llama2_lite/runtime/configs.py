@@ -2,11 +2,14 @@
 
 import difflib
 import re
+from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import restricted_number_type
 
 R = TypeVar("R")
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -90,17 +93,70 @@ def explain(message: str, parser: ArgumentParser) -> str:
     if lacking := re.search(r"argument (--[\w.]+)\S*: expected one", message):
         return f"{lacking[1]} lacks its value"
     if expected := re.search(r'Parser key "(.*)":\s*(.*)', message, re.DOTALL):
-        kind = re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", expected[2])
-        names = {"int": "a whole number", "float": "a number", "list": "a list"}
-        if kind and kind[1] in names:
-            return f"{expected[1]} must be {names[kind[1]]}, but is {kind[2]}"
-        if given := re.search(r"Given value: (.*)", expected[2]):
-            limit = re.search(r"restriction v(.*)", expected[2])
-            choices = re.findall(
-                r"Literal\[(.*?)\]", expected[2].partition("Errors")[0]
-            )
-            if limit or choices:
-                what = limit[1] if limit else f"one of {', '.join(choices)}"
-                return f"{expected[1]} must be {what}, but is {given[1]}"
-        return f"{expected[1]}: {expected[2]}"
+        key, why = expected.groups()
+        return _must_be(key, why) or f"{key}: {why}"
     return re.sub(r"Call to compute_fn of link .* failed: ", "", message)
+
+
+ABOVE_0 = (
+    *("lr", "peak_lr", "critic_lr", "clip", "clip_norm"),
+    *("minibatch_size", "max_new_tokens"),
+)
+FROM_0 = (
+    *("warmup", "weight_decay", "kl_weight", "cut_penalty"),
+    *("safety_weight", "next_token_weight"),
+)
+SHARES = ("gamma", "lam")
+
+
+def check_ranges(group: str, values: Mapping[str, Any]) -> None:
+    """Refuse numbers with which a model learns nothing, or the contrary.
+
+    Args:
+        group: of the keys.
+        values: by key; others than numbers of learning are not looked at.
+
+    Raises:
+        ValueError: if there is such a number; the sentence names its key.
+    """
+    for name, value in values.items():
+        if name in ABOVE_0 and not value > 0:
+            what = "above 0"
+        elif name in FROM_0 and not value >= 0:
+            what = "0 or more"
+        elif name in SHARES and not 0 <= value <= 1:
+            what = "from 0 to 1"
+        else:
+            continue
+        raise ValueError(f"{group}.{name} must be {what}, but is {value}")
+
+
+Epochs = restricted_number_type("Epochs", float, [(">", 0), ("<", inf)])
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "bool": "true or false",
+    "PositiveInt": "a whole number above 0",
+    "PositiveFloat": "a number above 0",
+    "Epochs": "a finite number above 0",
+    "NonNegativeFloat": "a number that is not negative",
+    "ClosedUnitInterval": "a number from 0 to 1",
+}
+
+
+def _must_be(key: str, why: str) -> str | None:
+    """What a value should have been and what it is, if the parser's complaint says."""
+    given = re.search(
+        r"(?:Given|Got) value: (.*)|: (\S+) does not conform|'(.*)'$", why, re.DOTALL
+    )
+    choices = re.findall(r"Literal\[(.*?)\]", why.partition("Errors")[0])
+    found = re.findall(r"Not of type (\w+)|Expected an? <class '(\w+)'>", why)
+    kinds = {first or second for first, second in found} - {"NoneType"}
+    what = f"one of {', '.join(choices)}" if choices else ""
+    if not what and len(kinds) == 1:
+        what = KINDS.get(kinds.pop(), "")
+    if not given or not what:
+        return None
+    value = next(group for group in given.groups() if group is not None)
+    return f"{key} must be {what}, but is {value or 'empty'}"

@@ -161,12 +161,16 @@ def read_prompts(
 
 
 def context_limit(
-    tokenizer: Tokenizer, context: int, answer_tokens: int = 0
+    tokenizer: Tokenizer,
+    context: int,
+    answer_tokens: int = 0,
+    name: str = "the context",
 ) -> Callable[[Dialog], None]:
     """A check for dialogues of more tokens than a context has.
 
     Args:
         answer_tokens: room to leave for an answer.
+        name: of what has so many tokens, as its sentence says it.
     """
 
     def limit(dialog: Dialog) -> None:
@@ -174,7 +178,7 @@ def context_limit(
         if n_tokens + answer_tokens > context:
             room = f", less {answer_tokens} for the answer" if answer_tokens else ""
             raise ValueError(
-                f"the dialogue has {n_tokens} tokens, but the context {context}{room}"
+                f"the dialogue has {n_tokens} tokens, but {name} is {context}{room}"
             )
 
     return limit
@@ -252,7 +256,9 @@ def _records(patterns: list[str], read: Read[T]) -> Iterator[tuple[str, Record]]
         if record is None:
             continue
         if {"message_id", "parent_id"} <= record.keys():
-            messages.append((where, record))
+            with read.record(where):
+                _check_ids(record)
+                messages.append((where, record))
         else:
             yield where, record
     yield from _join_messages(messages, read)
@@ -386,13 +392,13 @@ def _safe_rlhf_pair(record: Record, axis: str) -> Preference:
     chosen, rejected = (field_text(record, f"response_{i}") for i in (best, 1 - best))
     safety_bin: str | None = None
     if axis == "safety":
-        safe = tuple(record.get(f"is_response_{i}_safe") for i in (best, 1 - best))
+        safe: Any = tuple(record.get(f"is_response_{i}_safe") for i in (best, 1 - best))
         bins = dict(
             zip([(True, False), (True, True), (False, False)], SAFETY_BINS, strict=True)
         )
         if safe == (False, True):
             raise ValueError("the chosen answer is unsafe and the other one is safe")
-        if safe not in bins:
+        if not all(flag in (True, False) for flag in safe):
             raise ValueError("the fields 'is_response_..._safe' are not true or false")
         safety_bin = bins[safe]
     return Preference(_prompt(record), chosen, rejected, None, safety_bin)
@@ -464,13 +470,19 @@ def _node(node: Record) -> tuple[Message, list[Record]]:
     role = ROLES.get(field_text(node, "role"))
     if role is None:
         raise ValueError(f"the role {node['role']!r} is not prompter or assistant")
-    replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
-    return _message(role, field_text(node, "text")), sorted(replies, key=_rank)
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(r, dict) for r in replies):
+        raise ValueError("the field 'replies' is not a list of messages")
+    standing = [reply for reply in replies if not reply.get("deleted")]
+    return _message(role, field_text(node, "text")), sorted(standing, key=_rank)
 
 
 def _rank(node: Record) -> float:
     rank = node.get("rank")
-    return float("inf") if rank is None else float(rank)
+    try:
+        return float("inf") if rank is None else float(rank)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the rank {rank!r} is not a number") from None
 
 
 def _best_path(node: Record) -> Dialog:
@@ -495,6 +507,13 @@ def _ranked_pairs(node: Record, before: Dialog) -> Iterator[Preference]:
                 yield Preference(dialog, *answers)
     for reply in replies:
         yield from _ranked_pairs(reply, dialog)
+
+
+def _check_ids(record: Record) -> None:
+    """Make sure that a message, and the one that it replies to, can be found."""
+    for name, kinds in (("message_id", str | int), ("parent_id", str | int | None)):
+        if not isinstance(record[name], kinds):
+            raise ValueError(f"the field {name!r} is not a string")
 
 
 def _join_messages(

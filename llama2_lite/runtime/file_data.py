@@ -1,12 +1,13 @@
 """Files of dialogues, pairs and prompts as data modules for training."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,7 @@ from llama2_lite.reward import (
     PreferenceDataset,
     mix_pairs,
 )
+from llama2_lite.runtime.configs import Epochs
 from llama2_lite.runtime.dialogs import (
     AXES,
     context_limit,
@@ -30,7 +32,7 @@ from llama2_lite.runtime.dialogs import (
     split_by_prompt,
 )
 from llama2_lite.runtime.documents import file_stamps, matching_files
-from llama2_lite.runtime.talk import check_vocabulary
+from llama2_lite.runtime.talk import check_model_folder, check_vocabulary
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import Preference
@@ -72,12 +74,19 @@ class FileData(LightningDataModule):
         self.sequence_length = sequence_length or context
         if not 1 < self.sequence_length <= context:
             raise ValueError(
-                f"sequence_length is {sequence_length}, but the context of {start} is "
-                f"{context} tokens"
+                f"data.sequence_length is {sequence_length}, but the context of "
+                f"{start} is {context} tokens"
             )
+        shorter = self.sequence_length < context
+        self.length_name = "data.sequence_length" if shorter else "the context"
         self.bad: list[str] = []
         self.counts: dict[str, int] = {}
         self.sources: dict[str, Any] = {"start": folder_stamps(start)}
+
+    def limit(self, answer_tokens: int = 0) -> Callable[[Dialog], None]:
+        """A check for dialogues that are too long, see `context_limit`."""
+        longest = self.sequence_length, answer_tokens, self.length_name
+        return context_limit(self.opened, *longest)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model."""
@@ -142,10 +151,8 @@ def read_start(folder: Path) -> LlamaConfig:
     Raises:
         FileNotFoundError: if there is no model.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: no config.json in it")
-    return read_config(path)
+    check_model_folder(folder)
+    return read_config(folder / "config.json")
 
 
 def check_fraction(fraction: float) -> None:
@@ -175,9 +182,9 @@ class DialogFiles(FileData, DialogDataModule):
         start: str,
         files: Files,
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 64,
-        epochs: float = 2.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        epochs: Epochs = 2.0,
         train_on: str = "all",
         skip_bad: bool = False,
         seed: int = 0,
@@ -185,8 +192,7 @@ class DialogFiles(FileData, DialogDataModule):
         check_fraction(validation_fraction)
         self.open_start(start, sequence_length)
         patterns = as_patterns(files)
-        limit = context_limit(self.opened, self.sequence_length)
-        read = read_dialogs(patterns, limit=limit, skip_bad=skip_bad)
+        read = read_dialogs(patterns, limit=self.limit(), skip_bad=skip_bad)
         train, held_out = split_by_prompt(
             read.items, lambda dialog: dialog[:-1], validation_fraction, seed
         )
@@ -215,8 +221,8 @@ class PreferenceFiles(FileData, PreferenceDataModule):
             `llama2_lite.runtime.dialogs`.
         axis: what the pairs are about, "helpfulness" or "safety", where a file tells.
         other_files: pairs about the other axis, to mix in.
-        own_share: of the mix that is about this axis; the paper's is 0.5 for
-            helpfulness and 0.9 for safety.
+        own_share: of the mix that is about this axis; 0.5, as the paper has it for
+            helpfulness, if left out. Its share for safety is 0.9.
         margins: "none", "small" or "large"; 0 in any case where there is no level.
         validation_fraction: of the prompts of ``files`` that is held out to choose
             the best step by; as many again are held out to report the accuracy on.
@@ -236,12 +242,12 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         files: Files,
         axis: str = "helpfulness",
         other_files: Files | None = None,
-        own_share: float = 0.5,
+        own_share: float | None = None,
         margins: str = "small",
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 512,
-        epochs: float = 1.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 512,
+        epochs: Epochs = 1.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -250,9 +256,11 @@ class PreferenceFiles(FileData, PreferenceDataModule):
                 f"validation_fraction={validation_fraction} must be between 0 and 0.5: "
                 "so much is held out to choose the best step by, and again to test"
             )
-        self.open_start(start, sequence_length)
         patterns, others = as_patterns(files), as_patterns(other_files)
-        limit = context_limit(self.opened, self.sequence_length)
+        if own_share is not None:
+            check_own_share(own_share, others)
+        self.open_start(start, sequence_length)
+        limit = self.limit()
         read = read_preferences(patterns, axis=axis, limit=limit, skip_bad=skip_bad)
         self.bad = read.bad
         train, self.held_out_pairs = split_by_prompt(
@@ -268,7 +276,7 @@ class PreferenceFiles(FileData, PreferenceDataModule):
             held_out = [*self.held_out_pairs, *choosing]
             unseen = {dialog_key(pair.prompt) for pair in held_out}
             usable = [p for p in more.items if dialog_key(p.prompt) not in unseen]
-            train = mix_pairs(train, usable, own_share, seed)
+            train = mix_pairs(train, usable, own_share or 0.5, seed)
             self.bad += more.bad
 
         def as_tokens(pairs: list[Preference]) -> PreferenceDataset:
@@ -294,6 +302,16 @@ class PreferenceFiles(FileData, PreferenceDataModule):
         _, n_groups = processes(self.trainer)
         with self.in_parts(n_groups):
             return super().val_dataloader()
+
+
+def check_own_share(share: float, others: list[str]) -> None:
+    """Refuse a share of a mix where there is nothing to mix, or that is no share."""
+    if not others:
+        raise ValueError(
+            "data.own_share is for a mix, but there are no data.other_files to mix in"
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"data.own_share must be above 0 and at most 1, not {share}")
 
 
 def prompt_of(pair: Preference) -> Dialog:
@@ -327,7 +345,7 @@ class PromptFiles(FileData, PromptDataModule):
         safety_files: Files | None = None,
         validation_prompts: int = 64,
         max_new_tokens: int = 64,
-        batch_size: int = 512,
+        batch_size: PositiveInt = 512,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -360,7 +378,7 @@ def read_tagged_prompts(
     skip_bad: bool,
 ) -> tuple[list[Dialog], set[str]]:
     """Prompts of both kinds of files, and what users say in the tagged ones."""
-    limit = context_limit(data.opened, data.sequence_length, max_new_tokens)
+    limit = data.limit(max_new_tokens)
     patterns, tagged_patterns = as_patterns(files), as_patterns(safety_files)
     read = read_prompts(patterns, limit=limit, skip_bad=skip_bad)
     data.bad = read.bad

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llama2_lite.runtime.judge import share
+
 
 def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
     """What each stage after the base model won, as tables."""
@@ -20,13 +22,16 @@ def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
         row = [found["shares"][name] for found in stages.values()]
         table.add_row(name, *map(write_share, row))
     for axis in ("helpful", "safe"):
-        wins = [found.get("against sft") for found in stages.values()]
-        row = [won and won[axis][-1] for won in wins]
+        found = [stage.get("against sft", {}).get(axis) for stage in stages.values()]
+        row = [wins and wins[-1] for wins in found]
         table.add_row(f"{axis} wins", *map(write_share, row))
+        row = [wins and share(wins[1], sum(wins[:3])) for wins in found]
+        table.add_row(f"{axis} ties", *map(write_share, row))
     minutes = [seconds.get(stage) for stage in stages]
     row = ["" if spent is None else f"{spent / 60:.1f}" for spent in minutes]
     table.add_row("minutes", *row)
     console.print(table)
+    console.print("against the stage sft: wins of wins and losses, ties of all answers")
     table = Table(title="pairs that the reward models rank as annotators did")
     table.add_column("level")
     for axis in report["accuracy"]:
@@ -35,7 +40,6 @@ def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
         row = [by_level[level] for by_level in report["accuracy"].values()]
         table.add_row(level, *map(write_share, row))
     console.print(table)
-    console.print("wins: of wins and losses against the stage sft, ties aside")
     before, after = report["adherence"].values()
     table = Table(title="answers that obey what the model was told once, in %")
     table.add_column("turn")

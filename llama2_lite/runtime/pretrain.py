@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -28,7 +29,8 @@ class Pretrain(TrainingCommand):
         super().add_default_arguments_to_parser(parser)
         add = parser.add_argument
         add("--prompts", type=str | list[str], default=[""], help="What to continue.")
-        add("--sample_tokens", type=int, default=200, help="Length of a sample.")
+        what = "Length of a sample."
+        add("--sample_tokens", type=PositiveInt, default=200, help=what)
         what = "Tokens of a batch, such as 4M (4 x 2^20), in place of its windows."
         add("--batch_tokens", type=str | None, default=None, help=what)
 

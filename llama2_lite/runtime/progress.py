@@ -137,6 +137,21 @@ class Samples(Callback):
         self.console = console
         self.n_tokens = n_tokens
 
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse prompts that could not be continued, before any work is done.
+
+        Raises:
+            ValueError: if one fills the context.
+        """
+        context = module.config.max_seq_len
+        for prompt in self.prompts:
+            n_tokens = len(self.tokenizer().encode(prompt, bos=True))
+            if n_tokens >= context:
+                raise ValueError(
+                    f"prompts: {prompt[:40]!r} has {n_tokens} tokens, which "
+                    f"leaves no room in the context of {context}"
+                )
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print a sample."""
         is_due = trainer.state.fn == "fit" and trainer.is_global_zero

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llama2_lite.chat import Dialog
 from llama2_lite.model import LlamaConfig
-from llama2_lite.ppo import combine, model_scores
+from llama2_lite.ppo import ScoreBoth, combine, model_scores
 from llama2_lite.pretraining import LayOut, on_one_device
 from llama2_lite.rejection import Score
 from llama2_lite.reward import RewardConfig, RewardModel
+from llama2_lite.runtime.talk import check_model_folder
 from llama2_lite.tokenizer import Tokenizer
 
 
@@ -30,16 +32,28 @@ def check_reward_models(
         raise ValueError("there is no reward model: give helpfulness, safety or both")
     wanted = Tokenizer(Path(start) / "tokenizer.model").sha256
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} is no model folder: no config.json in it"
-            )
+        check_model_folder(folder)
         if Tokenizer(folder / "tokenizer.model").sha256 != wanted:
             raise ValueError(
                 f"the reward model {folder} has another tokenizer than the policy "
                 f"{start}; train it from a model with the same one"
             )
     return folders
+
+
+def check_gate(
+    safety_files: Any, helpfulness: str | None, safety: str | None, key: str
+) -> None:
+    """Refuse prompts for which safety should decide where only helpfulness can.
+
+    Args:
+        key: that names a safety model.
+    """
+    if safety_files and helpfulness and not safety:
+        raise ValueError(
+            "data.safety_files holds prompts for which safety decides, but there is no "
+            f"safety model: give {key}, or name the files in data.files"
+        )
 
 
 def open_frozen(folder: Path, lay_out: LayOut[Any]) -> RewardModel:
@@ -83,10 +97,11 @@ def open_reward(
 
     Raises:
         FileNotFoundError, ValueError: see `check_reward_models`; also if a context is
-            shorter than the policy's.
+            shorter than the policy's. The reward raises what `finite_scores` does.
     """
-    models = []
-    for folder in check_reward_models(helpfulness, safety, start):
+    models: list[Any] = []
+    folders = check_reward_models(helpfulness, safety, start)
+    for folder in folders:
         model = open_frozen(folder, lay_out).to(device)
         if model.config.max_seq_len < policy.max_seq_len:
             raise ValueError(
@@ -96,7 +111,37 @@ def open_reward(
             )
         models.append(model)
     tokenizer = Tokenizer(Path(start) / "tokenizer.model")
-    both = model_scores(models[0], models[-1], tokenizer)
+    first, second = (*models, nothing)[:2]
+    both = finite_scores(model_scores(first, second, tokenizer), folders)
     if len(models) == 2:
         return combine(both, safety_prompts)
     return lambda prompts, answers: both(prompts, answers)[0]
+
+
+def nothing(tokens: Tensor, *rest: Tensor) -> Tensor:
+    """Stands for a second reward model where there is none."""
+    return torch.zeros_like(tokens)
+
+
+def finite_scores(score_both: ScoreBoth, folders: list[Path]) -> ScoreBoth:
+    """Scores of reward models, which end the run if one has come to be of no use.
+
+    Not a number is never below the gate, so that safety would no longer be asked for.
+
+    Raises:
+        ValueError: if a score is not finite; the sentence names the model's folder.
+    """
+
+    def score(prompts: list[Dialog], answers: list[str]) -> tuple[Tensor, Tensor]:
+        found = score_both(prompts, answers)
+        for folder, scores in zip(folders, found, strict=False):
+            if not scores.isfinite().all():
+                bad = scores[~scores.isfinite()]
+                raise ValueError(
+                    f"the reward model {folder} gives {len(bad)} of {len(scores)} "
+                    f"answers a score such as {bad[0]:g}, which is no finite number; "
+                    "train it anew"
+                )
+        return found
+
+    return score

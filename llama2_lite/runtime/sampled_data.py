@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveInt,
+)
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -27,10 +32,10 @@ from llama2_lite.rejection import (
     sample_answers,
     score_answers,
 )
+from llama2_lite.runtime.configs import Epochs
 from llama2_lite.runtime.dialogs import (
     Read,
     collect,
-    context_limit,
     field_text,
     read_dialogs,
     split_by_prompt,
@@ -45,7 +50,11 @@ from llama2_lite.runtime.file_data import (
     read_tagged_prompts,
 )
 from llama2_lite.runtime.progress import follow, make_console
-from llama2_lite.runtime.rewards import check_reward_models, open_reward
+from llama2_lite.runtime.rewards import (
+    check_gate,
+    check_reward_models,
+    open_reward,
+)
 from llama2_lite.sft import DialogDataModule
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import SystemInstruction, system_instructions
@@ -159,13 +168,13 @@ class RejectionData(SampledData):
         safety: str | None = None,
         sampler: str | None = None,
         earlier: Files | None = None,
-        k: int = 8,
-        temperatures: list[float] = [1.0],  # noqa: B006
-        max_new_tokens: int = 64,
+        k: PositiveInt = 8,
+        temperatures: list[NonNegativeFloat] = [1.0],  # noqa: B006
+        max_new_tokens: PositiveInt = 64,
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 64,
-        epochs: float = 2.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        epochs: Epochs = 2.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -182,8 +191,9 @@ class RejectionData(SampledData):
         self.rewards = (helpfulness, safety)
         folders = check_reward_models(helpfulness, safety, self.sampler)
         self.sources["rewards"] = [folder_stamps(path) for path in folders]
-        if k < 1 or not temperatures:
-            raise ValueError(f"{k=} must be at least 1, and {temperatures=} not empty")
+        check_gate(safety_files, helpfulness, safety, "data.safety")
+        if not temperatures:
+            raise ValueError("data.temperatures is empty: give at least one")
         self.prompts, self.tagged = read_tagged_prompts(
             self, files, safety_files, max_new_tokens, skip_bad
         )
@@ -195,8 +205,10 @@ class RejectionData(SampledData):
 
     def read_items(self) -> list[Dialog]:
         """The best answers with their prompts; retokenised, a few may be too long."""
-        limit = context_limit(self.opened, self.sequence_length)
-        return read_dialogs([str(self.dialogs_file)], limit=limit, skip_bad=True).items
+        path = str(self.dialogs_file)
+        read = read_dialogs([path], limit=self.limit(), skip_bad=True)
+        self.counts["too_long"] = len(read.bad)
+        return read.items
 
     def prompt_of(self, item: Dialog) -> Dialog:
         """All but the answer."""
@@ -292,15 +304,15 @@ class GhostData(SampledData):
         files: Files,
         instructions: Files | None = None,
         sampler: str | None = None,
-        combined: float = 0.2,
-        plain: float = 0.1,
-        context: int | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
+        combined: ClosedUnitInterval = 0.2,
+        plain: ClosedUnitInterval = 0.1,
+        context: PositiveInt | None = None,
+        max_new_tokens: PositiveInt = 64,
+        temperature: NonNegativeFloat = 1.0,
         validation_fraction: float = 0.1,
-        sequence_length: int | None = None,
-        batch_size: int = 64,
-        epochs: float = 2.0,
+        sequence_length: PositiveInt | None = None,
+        batch_size: PositiveInt = 64,
+        epochs: Epochs = 2.0,
         skip_bad: bool = False,
         seed: int = 0,
     ):
@@ -346,12 +358,14 @@ class GhostData(SampledData):
         sizes = [len(encode_dialog(turn, self.opened).ids) for turn in turns]
         seen = min(n_turns or len(sizes), len(sizes))
         most = max(sum(sizes[i : i + seen]) for i in range(len(sizes) - seen + 1))
-        context = min(self.sequence_length, self.sampler_context)
-        if most + answer_tokens > context:
+        room, name = self.sequence_length, self.length_name
+        if self.sampler_context < room:
+            room, name = self.sampler_context, "the sampler's context"
+        if most + answer_tokens > room:
             raise ValueError(
                 f"the dialogue may have {most} tokens when the instruction is told at "
-                f"every turn, but the context is {context}, less {answer_tokens} for "
-                "the answer; --data.context N shows the sampler only N turns"
+                f"every turn, but {name} is {room}, less {answer_tokens} for the "
+                "answer; --data.context N shows the sampler only N turns"
             )
 
     def prepare_data(self) -> None:

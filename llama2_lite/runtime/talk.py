@@ -27,10 +27,25 @@ def open_model(folder: str | Path) -> tuple[Llama, Tokenizer]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
+    if not (folder / "params.json").is_file():  # of Meta's own layout
+        check_model_folder(folder)
     model = Llama.from_pretrained(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
     check_vocabulary(folder, tokenizer, model.config)
     return model, tokenizer
+
+
+def check_model_folder(folder: Path) -> None:
+    """Make sure that a model is in a folder.
+
+    Raises:
+        FileNotFoundError: if none is; of a run, the sentence says where it has its own.
+    """
+    if (folder / "config.json").is_file():
+        return
+    inside = folder / "model"
+    hint = f"; this run has its model in {inside}" if inside.is_dir() else ""
+    raise FileNotFoundError(f"{folder} is no model folder: no config.json in it{hint}")
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer, config: LlamaConfig) -> None:

@@ -80,7 +80,7 @@ usage: llama2-lite reject --config reject --start FOLDER --data.files PATTERN ..
 Answer prompts several times, keep the best answers by reward models, and learn them.
 {shared}
   --data.files PATTERN     prompts, or any files of dialogues or preference pairs
-  --data.safety_files PATTERN   more of them, for which safety decides
+  --data.safety_files PATTERN   more of them, for which the safety model decides
   --data.helpfulness FOLDER     of a reward model; and --data.safety FOLDER. Of both,
                            safety decides where it is below 0.15 or the prompt is of
                            the safety files; one may be left out
@@ -99,7 +99,7 @@ usage: llama2-lite ppo --config ppo --start FOLDER --data.files PATTERN ...
 Reinforcement learning: a chat model learns from the rewards for its own answers.
 {shared}
   --data.files PATTERN     prompts, or any files of dialogues or preference pairs
-  --data.safety_files PATTERN   more of them, for which safety decides
+  --data.safety_files PATTERN   more of them, for which the safety model decides
   --model.helpfulness FOLDER    of a reward model; and --model.safety FOLDER. Of both,
                            safety decides where it is below 0.15 or the prompt is of
                            the safety files; one may be left out
