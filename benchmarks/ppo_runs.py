@@ -75,14 +75,14 @@ CONFIG = {
     },
     "safety_pairs": 2500,
     "refusal_pairs": 500,
-    "safety_models": {
-        "ranking only": [0.0, False, 0.0],
-        "auxiliary loss": [1.0, False, 0.0],
-        "refusal pairs": [0.0, True, 0.0],
-        "both": [1.0, True, 0.0],
-        "low zero, ranking only": [0.0, False, -6.0],
-        "low zero, auxiliary loss": [1.0, False, -6.0],
-        "low zero, refusal pairs": [0.0, True, -6.0],
+    "safety_models": {  # weight of the auxiliary loss, refusal pairs, zero, iterations
+        "ranking only": [0.0, False, 0.0, 20],
+        "auxiliary loss": [1.0, False, 0.0, 20],
+        "refusal pairs": [0.0, True, 0.0, 20],
+        "both": [1.0, True, 0.0, 20],
+        "low zero, ranking only": [0.0, False, -9.0, 40],
+        "low zero, auxiliary loss": [1.0, False, -9.0, 40],
+        "low zero, refusal pairs": [0.0, True, -9.0, 40],
     },
     "safety_lr": 2e-3,
     "safety_margins": "small",
@@ -313,7 +313,7 @@ class Study:
         self.at_start = self.measure(start.eval())
         self.tours = [RewardModel.from_pretrained(path) for path in folders]
 
-    def run(self, both, seed: int, settings: dict) -> dict:
+    def run(self, both, seed: int, settings: dict, iterations: int) -> dict:
         """One run of PPO."""
         started = time.perf_counter()
         chosen = PPOSettings(**{**CONFIG["settings"], **settings})
@@ -327,7 +327,7 @@ class Study:
         module = PPOModule(self.chat, reward, chosen, seed=seed)
         watch = Watch(self.measure, scores, self.at_start)
         data = PromptDataModule(prompts, prompts, CONFIG["batch_size"])
-        train(module, data, CONFIG["iterations"], [watch])
+        train(module, data, iterations, [watch])
         seconds = time.perf_counter() - started
         figures = {"iterations": watch.iterations, "truth": watch.truth}
         figures["gated"] = watch.iterations[0]["gated"]  # type: ignore[assignment]
@@ -415,12 +415,13 @@ def main() -> None:
             if is_wanted(arm):
                 others = {k: v for k, v in settings.items() if k != "reward"}
                 scores = sources[settings.get("reward", "models")]
-                note(arm, seed, study.run(scores, seed, others))
-        for arm, (weight, refusals, zero) in CONFIG["safety_models"].items():
+                note(arm, seed, study.run(scores, seed, others, CONFIG["iterations"]))
+        for arm, (*kind, iterations) in CONFIG["safety_models"].items():
             if is_wanted(arm):
-                trained = study.safety_model(weight, refusals, zero, seed)
+                trained = study.safety_model(*kind, seed)
                 scores = model_scores(helpfulness, trained, study.tokenizer)
-                note(arm, seed, study.run(scores, seed, CONFIG["safety_settings"]))
+                settings = CONFIG["safety_settings"]
+                note(arm, seed, study.run(scores, seed, settings, iterations))
 
 
 if __name__ == "__main__":
