@@ -119,12 +119,12 @@ def open_reward(
 
 
 def nothing(tokens: Tensor, *rest: Tensor) -> Tensor:
-    """Stands for a second reward model where there is none."""
+    """Stands for a second reward model where there is none: zeros, (N, T)."""
     return torch.zeros_like(tokens)
 
 
 def finite_scores(score_both: ScoreBoth, folders: list[Path]) -> ScoreBoth:
-    """Scores of reward models, which end the run if one has come to be of no use.
+    """Scores of reward models, (N,) each, which end the run if one is of no use.
 
     Not a number is never below the gate, so that safety would no longer be asked for.
 
