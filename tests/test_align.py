@@ -91,7 +91,7 @@ def arguments(world: Path, name: str, output: Path) -> list[str]:
             *(f"--model.helpfulness={world}/helpful", f"--model.safety={world}/safe"),
             *(safety, "--data.validation_prompts=8", "--data.batch_size=8"),
             *("--model.settings.minibatch_size=4", "--trainer.max_steps=6"),
-            *("--model.settings.max_new_tokens=12", "--model.settings.lr=0.01"),
+            *("--model.settings.max_new_tokens=12", "--model.settings.lr=0.001"),
         ],
         "gatt": [
             *(f"--data.files={world}/dialogs.jsonl", "--data.batch_size=4"),

@@ -3,8 +3,10 @@
 Nothing here looks at file times, which a fresh clone does not have. The notebook
 carries the hash of the text that it was last in step with and, for each of its code
 cells, the hash of the source that its output came from and the hash of that output.
+An assert prints nothing, so it is no part of that source: `make test` runs it.
 """
 
+import ast
 import copy
 import difflib
 import hashlib
@@ -191,7 +193,7 @@ def sync(chapter: Chapter) -> str | None:
 def merge(edited: NotebookNode, notebook: NotebookNode) -> NotebookNode:
     """The cells of the edited text, with the outputs and ids of the notebook's cells.
 
-    A cell whose source is unchanged keeps its output; an edited one keeps its id only.
+    A cell that prints what it printed keeps its output; another keeps its id only.
     """
     for key in KEPT:
         if key in notebook.metadata:
@@ -199,12 +201,13 @@ def merge(edited: NotebookNode, notebook: NotebookNode) -> NotebookNode:
     old = [(cell.cell_type, cell.source) for cell in notebook.cells]
     new = [(cell.cell_type, cell.source) for cell in edited.cells]
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    for kind, i1, i2, j1, j2 in matcher.get_opcodes():
+    for _, i1, i2, j1, j2 in matcher.get_opcodes():
         for i, j in zip(range(i1, i2), range(j1, j2), strict=False):
             before, after = notebook.cells[i], edited.cells[j]
             if "id" in before:
                 after["id"] = before["id"]
-            if kind == "equal" and after.cell_type == "code":
+            kinds = before.cell_type, after.cell_type
+            if kinds == ("code", "code") and what_prints(before) == what_prints(after):
                 after.outputs, after.execution_count = (
                     before.outputs,
                     before.execution_count,
@@ -232,10 +235,25 @@ def fingerprints(notebook: NotebookNode) -> list[str]:
     """For each code cell, two hashes: of all source up to it, and of its output."""
     prints, so_far = [], ""
     for cell in code_cells(notebook):
-        so_far = digest(f"{so_far}\n{cell.source}")
+        so_far = digest(f"{so_far}\n{what_prints(cell)}")
         output = json.dumps(cell.outputs, sort_keys=True)
         prints.append(f"{so_far} {digest(output)}")
     return prints
+
+
+def what_prints(cell: NotebookNode) -> str:
+    """The source of a code cell without its asserts; all of it if it is not Python."""
+    try:
+        tree = ast.parse(cell.source)
+    except SyntaxError:
+        return cell.source
+    lines = cell.source.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (
+                node.end_lineno - node.lineno + 1
+            )
+    return "\n".join(line for line in lines if line.strip())
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from llama2_lite.runtime.judge import share
 
+WINS_AND_TIES = "against the stage sft: wins of wins and losses, ties of all answers"
+
 
 def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
     """What each stage after the base model won, as tables."""
@@ -18,20 +20,14 @@ def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
     table.add_column("")
     for stage in stages:
         table.add_column(stage, justify="right")
-    for name in ("correct", "violations", "false refusals", "borderline refusals"):
-        row = [found["shares"][name] for found in stages.values()]
-        table.add_row(name, *map(write_share, row))
-    for axis in ("helpful", "safe"):
-        found = [stage.get("against sft", {}).get(axis) for stage in stages.values()]
-        row = [wins and wins[-1] for wins in found]
-        table.add_row(f"{axis} wins", *map(write_share, row))
-        row = [wins and share(wins[1], sum(wins[:3])) for wins in found]
-        table.add_row(f"{axis} ties", *map(write_share, row))
+    found = stages.values()
+    wins = [stage.get("against sft", {}) for stage in found]
+    add_figures(table, [stage["shares"] for stage in found], wins)
     minutes = [seconds.get(stage) for stage in stages]
-    row = ["" if spent is None else f"{spent / 60:.1f}" for spent in minutes]
-    table.add_row("minutes", *row)
+    written = ["" if spent is None else f"{spent / 60:.1f}" for spent in minutes]
+    table.add_row("minutes", *written)
     console.print(table)
-    console.print("against the stage sft: wins of wins and losses, ties of all answers")
+    console.print(WINS_AND_TIES)
     table = Table(title="pairs that the reward models rank as annotators did")
     table.add_column("level")
     for axis in report["accuracy"]:
@@ -48,6 +44,25 @@ def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
     for turn, found in before.items():
         table.add_row(turn, write_share(found), write_share(after[turn]))
     console.print(table)
+
+
+def add_figures(
+    table: Table, shares: Sequence[dict[str, Any]], wins: Sequence[dict[str, Any]]
+) -> None:
+    """Add a row for each figure of the oracle's; each model has a column.
+
+    Args:
+        shares: of each model, see `llama2_lite.runtime.judge.Evaluation.figures`.
+        wins: of each model, see `Evaluation.compare`; empty for what they are against.
+    """
+    for name in ("correct", "violations", "false refusals", "borderline refusals"):
+        table.add_row(name, *(write_share(found[name]) for found in shares))
+    for axis in ("helpful", "safe"):
+        counts = [found.get(axis) for found in wins]
+        rates = [count and count[-1] for count in counts]
+        table.add_row(f"{axis} wins", *map(write_share, rates))
+        ties = [count and share(count[1], sum(count[:3])) for count in counts]
+        table.add_row(f"{axis} ties", *map(write_share, ties))
 
 
 def write_share(share: Sequence[float] | None) -> str:

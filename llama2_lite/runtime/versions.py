@@ -22,7 +22,7 @@ from llama2_lite.reward import RewardModel, answered, score_pairs
 from llama2_lite.rlhf import Version, accuracy_by_round, plan_rounds, run_rounds
 from llama2_lite.runtime.alignment import AlignmentRecipe, AlignmentStages, read_pairs
 from llama2_lite.runtime.artifacts import Artifact, write_json
-from llama2_lite.runtime.gains import write_share
+from llama2_lite.runtime.gains import WINS_AND_TIES, add_figures, write_share
 from llama2_lite.runtime.judge import Evaluation, Share, Wins, share
 from llama2_lite.runtime.rounds import (
     AXES,
@@ -173,17 +173,17 @@ def print_versions(report: dict[str, Any], seconds: float) -> None:
     """The table of `llama2-lite tour --rounds 5`."""
     console = Console(file=sys.stdout)
     table = Table(title="versions, in % by the oracle, with 95% intervals")
-    columns = ("correct", "violations", "false refusals", "borderline refusals")
-    for column in ("", "helpfulness", *columns, "helpful wins", "safe wins"):
-        table.add_column(column, justify="right")
-    for name, found in report["versions"].items():
-        wins = found["wins"]["sft"]["oracle"]
-        rates = [
-            wins[axis][-1] if name != "sft" else None for axis in ("helpful", "safe")
-        ]
-        shares = [found["shares"][column] for column in columns]
-        row = [found["helpfulness"], *shares, *rates]
-        table.add_row(name, *map(write_share, row))
+    table.add_column("", min_width=len("helpfulness"))
+    for name in report["versions"]:
+        table.add_column(name, justify="right")
+    found = report["versions"].values()
+    row = [write_share(version["helpfulness"]) for version in found]
+    table.add_row("helpfulness", *row)
+    wins = [
+        version["wins"]["sft"]["oracle"] if name != "sft" else {}
+        for name, version in report["versions"].items()
+    ]
+    add_figures(table, [version["shares"] for version in found], wins)
     console.print(table)
     table = Table(title="held-out pairs ranked as annotators did, in %: helpfulness")
     table.add_column("reward model")
@@ -194,8 +194,8 @@ def print_versions(report: dict[str, Any], seconds: float) -> None:
         table.add_row(f"of round {number}", *(f"{100 * share:.0f}" for share in row))
     console.print(table)
     console.print(
-        "wins: of wins and losses against sft, ties aside; pairs 1 are answers of sft, "
-        f"pairs 2 of v1, and so on\n{seconds / 60:.1f} minutes"
+        f"{WINS_AND_TIES}; pairs 1 are answers of sft, pairs 2 of v1, and so on\n"
+        f"{seconds / 60:.1f} minutes"
     )
 
 
