@@ -5,7 +5,8 @@ length, ask one reward model, learn a value model, and take as many gradient ste
 the same size. In "fixed" cases every answer has the same number of tokens; in the case
 "chat" the tour's chat model answers the town's prompts, and answers end where they
 end. The sides run in turn, several times; ratios are of medians of all iterations but
-the first of each turn.
+the first of each turn. `--compiled` adds a third side: ours with compiled blocks, as by
+`llama2-lite ppo --layout.compile true`.
 
 trl has to be there: in an environment of its own, `pip install trl==1.10.0` beside
 what this package needs. (Later versions come without PPO.)
@@ -21,9 +22,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -50,9 +53,11 @@ from llama2_lite.ppo import (
     PromptDataModule,
     PromptDataset,
 )
+from llama2_lite.pretraining import LayOut, best_precision, on_one_device
 from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.runtime.artifacts import machine_name, write_json
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, prepare_process
+from llama2_lite.scaling import find_llamas
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import build_town
 
@@ -131,8 +136,21 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, fixed: bool):
     return reward
 
 
+def compiled(build: Callable[[], Any], fill: Callable[[Any], None]) -> Any:
+    """A model whose blocks are compiled."""
+    model = on_one_device(build, fill)
+    for llama in find_llamas(model):
+        for block in llama.layers:
+            block.compile()
+    return model
+
+
 def our_side(
-    folder: Path, prompts: list[Prompt], precision: str, fixed: bool
+    folder: Path,
+    prompts: list[Prompt],
+    precision: str,
+    fixed: bool,
+    lay_out: LayOut[Any] = on_one_device,
 ) -> Callable[[int], list[float]]:
     """Run so many iterations; returns their seconds."""
     tokenizer = Tokenizer(folder / "tokenizer.model")
@@ -160,7 +178,8 @@ def our_side(
             accelerator="cpu",
             **TRAINER_DEFAULTS,
         )
-        trainer.fit(kind(folder, reward, settings), PromptDataModule(data, data, BATCH))
+        module = kind(folder, reward, settings, lay_out=lay_out)
+        trainer.fit(module, PromptDataModule(data, data, BATCH))
         return clock.seconds
 
     return run
@@ -260,7 +279,9 @@ def measure(
 ) -> dict[str, object]:
     """Both sides in turn."""
     fixed = name != "chat"
-    make = {"ours": our_side, "trl": their_side}
+    make: dict[str, Callable[..., Any]] = {"ours": our_side, "trl": their_side}
+    if arguments.compiled:
+        make["ours, compiled"] = partial(our_side, lay_out=compiled)
     sides = {n: m(folder, prompts, precision, fixed) for n, m in make.items()}
     seconds: dict[str, list[float]] = {n: [] for n in sides}
     for _ in range(arguments.turns):
@@ -273,7 +294,11 @@ def measure(
         "seconds_per_iteration": {n: round(value, 3) for n, value in median.items()},
         "fastest": {n: round(min(values), 3) for n, values in seconds.items()},
         "iterations": len(seconds["ours"]),
-        "ratio": round(median["trl"] / median["ours"], 2),
+        "ratios": {
+            name: round(median["trl"] / value, 2)
+            for name, value in median.items()
+            if name != "trl"
+        },
     }
 
 
@@ -283,6 +308,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4, help="of each turn")
     parser.add_argument("--chat", type=Path, help="a chat model of the town")
     parser.add_argument("--presets", nargs="*", default=["town", "8m"])
+    parser.add_argument("--compiled", action="store_true", help="a third side")
     parser.add_argument("--precisions", nargs="*", default=["32-true", "bf16-mixed"])
     slug = re.sub(r"\W+", "-", machine_name().lower())
     output = Path(__file__).parent / "results" / f"ppo-{slug}.json"
@@ -310,6 +336,7 @@ def main() -> None:
                 print(json.dumps(results[-1]), flush=True)
     record = {
         "machine": machine_name(),
+        "fastest_precision": best_precision(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

@@ -453,6 +453,21 @@ def test_a_copy_in_half_precision_leaves_the_policy_as_it_is(module, folder):
         assert torch.equal(parameter, before[name]), name
 
 
+def test_under_autocast_ratios_are_one_and_near_what_was_sampled(module, folder):
+    prompts = make_prompts(folder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout = module.collect(prompts, seed=5)
+        part = rollout.rows(torch.tensor([7, 2, 11, 0]))
+        now = answer_logprobs(module.model, part.ids, part.response_mask).detach()
+    ratio = (now - part.logprobs)[part.response_mask].exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=0.02, rtol=0)
+    ids, eos = [prompt.ids for prompt in prompts], [module.tokenizer.eos_id]
+    drawn = generate(module.model, ids, max_new_tokens=24, stop_ids=eos, seed=5)
+    sampled = torch.tensor([p for row in drawn.logprobs for p in row])
+    apart = (rollout.logprobs[rollout.response_mask] - sampled).abs()
+    assert 0 < apart.mean() < 0.01
+
+
 def test_on_a_cpu_answers_are_sampled_exactly(module):
     with torch.autocast("cpu", dtype=torch.bfloat16), module.sampler() as policy:
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
