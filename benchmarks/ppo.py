@@ -5,8 +5,8 @@ length, ask one reward model, learn a value model, and take as many gradient ste
 the same size. In "fixed" cases every answer has the same number of tokens; in the case
 "chat" the tour's chat model answers the town's prompts, and answers end where they
 end. The sides run in turn, several times; ratios are of medians of all iterations but
-the first of each turn. `--compiled` adds a third side: ours with compiled blocks, as by
-`llama2-lite ppo --layout.compile true`.
+the first of each turn. `--compiled` adds both sides once more: ours with compiled
+blocks, as by `llama2-lite ppo --layout.compile true`, and trl with torch_compile.
 
 trl has to be there: in an environment of its own, `pip install trl==1.10.0` beside
 what this package needs. (Later versions come without PPO.)
@@ -186,7 +186,11 @@ def our_side(
 
 
 def their_side(
-    folder: Path, prompts: list[Prompt], precision: str, fixed: bool
+    folder: Path,
+    prompts: list[Prompt],
+    precision: str,
+    fixed: bool,
+    torch_compile: bool = False,
 ) -> Callable[[int], list[float]]:
     """The same with trl."""
     from tokenizers import Tokenizer as Backend
@@ -234,6 +238,7 @@ def their_side(
             use_cpu=True,
             bf16=precision == "bf16-mixed",
             gradient_checkpointing=False,
+            torch_compile=torch_compile,
         )
         with contextlib.redirect_stdout(None):
             trainer = PPOTrainer(
@@ -282,6 +287,7 @@ def measure(
     make: dict[str, Callable[..., Any]] = {"ours": our_side, "trl": their_side}
     if arguments.compiled:
         make["ours, compiled"] = partial(our_side, lay_out=compiled)
+        make["trl, compiled"] = partial(their_side, torch_compile=True)
     sides = {n: m(folder, prompts, precision, fixed) for n, m in make.items()}
     seconds: dict[str, list[float]] = {n: [] for n in sides}
     for _ in range(arguments.turns):
@@ -295,9 +301,9 @@ def measure(
         "fastest": {n: round(min(values), 3) for n, values in seconds.items()},
         "iterations": len(seconds["ours"]),
         "ratios": {
-            name: round(median["trl"] / value, 2)
-            for name, value in median.items()
-            if name != "trl"
+            ours: round(median[ours.replace("ours", "trl")] / median[ours], 2)
+            for ours in median
+            if ours.startswith("ours")
         },
     }
 
@@ -308,7 +314,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4, help="of each turn")
     parser.add_argument("--chat", type=Path, help="a chat model of the town")
     parser.add_argument("--presets", nargs="*", default=["town", "8m"])
-    parser.add_argument("--compiled", action="store_true", help="a third side")
+    parser.add_argument("--compiled", action="store_true", help="both once more")
     parser.add_argument("--precisions", nargs="*", default=["32-true", "bf16-mixed"])
     slug = re.sub(r"\W+", "-", machine_name().lower())
     output = Path(__file__).parent / "results" / f"ppo-{slug}.json"
