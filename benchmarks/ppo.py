@@ -56,8 +56,11 @@ from llama2_lite.ppo import (
 from llama2_lite.pretraining import LayOut, best_precision, on_one_device
 from llama2_lite.reward import RewardModel, pad_rows
 from llama2_lite.runtime.artifacts import machine_name, write_json
-from llama2_lite.runtime.training import TRAINER_DEFAULTS, prepare_process
-from llama2_lite.scaling import find_llamas
+from llama2_lite.runtime.training import (
+    TRAINER_DEFAULTS,
+    compile_blocks,
+    prepare_process,
+)
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import build_town
 
@@ -134,15 +137,6 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, fixed: bool):
         return model(*pad_rows(rows), starts)[:, 0]
 
     return reward
-
-
-def compiled(build: Callable[[], Any], fill: Callable[[Any], None]) -> Any:
-    """A model whose blocks are compiled."""
-    model = on_one_device(build, fill)
-    for llama in find_llamas(model):
-        for block in llama.layers:
-            block.compile()
-    return model
 
 
 def our_side(
@@ -286,7 +280,7 @@ def measure(
     fixed = name != "chat"
     make: dict[str, Callable[..., Any]] = {"ours": our_side, "trl": their_side}
     if arguments.compiled:
-        make["ours, compiled"] = partial(our_side, lay_out=compiled)
+        make["ours, compiled"] = partial(our_side, lay_out=compile_blocks)
         make["trl, compiled"] = partial(their_side, torch_compile=True)
     sides = {n: m(folder, prompts, precision, fixed) for n, m in make.items()}
     seconds: dict[str, list[float]] = {n: [] for n in sides}

@@ -247,13 +247,12 @@ def what_prints(cell: NotebookNode) -> str:
         tree = ast.parse(cell.source)
     except SyntaxError:
         return cell.source
-    lines = cell.source.splitlines()
+    asserts: set[int] = set()  # numbers of their lines
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (
-                node.end_lineno - node.lineno + 1
-            )
-    return "\n".join(line for line in lines if line.strip())
+            asserts.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(cell.source.splitlines(), start=1)
+    return "\n".join(line for number, line in lines if number not in asserts)
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

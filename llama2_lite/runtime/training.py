@@ -38,6 +38,7 @@ from llama2_lite.runtime.checkpoints import (
 )
 from llama2_lite.runtime.convert import save_model
 from llama2_lite.runtime.strategy import LayoutStrategy
+from llama2_lite.scaling import find_llamas
 from llama2_lite.tokenizer import Tokenizer
 
 TRAINER_DEFAULTS = {
@@ -93,12 +94,13 @@ def physical_cores() -> int:
 def compile_blocks(build: Callable[[], M], fill: Callable[[M], None]) -> M:
     """Compile each block: half a minute that pays off in runs of many minutes.
 
-    For `llama2_lite.pretraining.PretrainingModule`'s ``lay_out``. Parameter names stay
-    as they are.
+    For the ``lay_out`` of a module such as `PretrainingModule`. Parameter names stay as
+    they are.
     """
-    model: Any = on_one_device(build, fill)
-    for layer in model.layers:
-        layer.compile()
+    model = on_one_device(build, fill)
+    for llama in find_llamas(model):
+        for block in llama.layers:
+            block.compile()
     return model
 
 
