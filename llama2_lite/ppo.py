@@ -383,7 +383,8 @@ class ValueModel(RewardModel):
     def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
         """Values after each token, (B, T)."""
         hidden = self.llama(tokens, return_hidden=True)
-        return self.head(hidden).float().sum(-1)  # of one: a view is not for hooks
+        # a sum of one number: FSDP's hooks take no view, which [..., 0] would be
+        return self.head(hidden).float().sum(-1)
 
 
 def values_before(values_after: Tensor, mask: Tensor) -> Tensor:
@@ -570,7 +571,8 @@ class PPOModule(LightningModule):
         Each process answers its own prompts; what is returned has the answers of all.
 
         Raises:
-            ValueError: if no answer ended, or if rewards are not finite or all equal.
+            ValueError: if fewer than two answers ended, or if rewards are not finite
+                or all equal.
         """
         first = self.rank * len(prompts)
         numbers = range(first, first + len(prompts))
@@ -724,6 +726,9 @@ class PPOModule(LightningModule):
         """Log the mean reward of answers to held-out prompts, which stay the same.
 
         ``validation_loss`` is its negative, for what keeps the model with the lowest.
+
+        Raises:
+            ValueError: if there are fewer prompts than processes.
         """
         numbers = range(self.rank, len(prompts), self.n_processes)
         mine = [prompts[i] for i in numbers]

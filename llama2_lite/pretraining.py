@@ -306,7 +306,7 @@ class PretrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip; here and not by the trainer, which refuses fused optimizers.
+        """Clip; here and not by the trainer, which in mixed precision refuses to.
 
         Called once a step, it also logs the loss of the step, over all its parts.
         """
@@ -337,7 +337,7 @@ class PretrainingModule(LightningModule):
     def _note_if_bad(self, value: Tensor) -> None:
         """Remember the step at which a value was first not finite.
 
-        It stays on the device, so that a GPU need not wait for the processor.
+        It stays on the device, so that the processor need not wait for a GPU.
         """
         is_news = ~value.detach().isfinite() & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(is_news, self.global_step)
@@ -433,7 +433,7 @@ class MixedLengthLoader:
         """Continue, possibly with another number of processes.
 
         Raises:
-            ValueError: if the lengths, the data or the seed are others.
+            ValueError: if lengths, number of tokens or seed are others.
         """
         for name, value in self._identity().items():
             if state[name] != value:

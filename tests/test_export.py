@@ -74,7 +74,22 @@ class Bag:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+```
 
+```{code-cell} ipython3
+:tags: [export]
+
+EMPTY = Bag()
+```
+
+```{code-cell} ipython3
+:tags: [export]
+
+class Bag(Bag):
+    def add(self, value: str) -> None:
+        self.counts[value] += 1
+
+    # For readers of other languages.
     def to_json(self) -> str:
         return json.dumps(self.counts)
 ```
@@ -110,9 +125,22 @@ class Bag:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
+    def add(self, value: str) -> None:
+        self.counts[value] += 1
+
+    # For readers of other languages.
     def to_json(self) -> str:
         return json.dumps(self.counts)
+
+
+EMPTY = Bag()
 '''
+
+
+TWO_METHODS = "".join(
+    f"    def {name}(self):\n" + "        self.x = 1\n" * 11 + "\n" for name in "ab"
+)
+ONE_METHOD = "    def a(self):\n" + "        self.x = 1\n" * 30
 
 
 def tool(root: Path, *arguments: str) -> int:
@@ -172,7 +200,7 @@ def test_running_again_changes_no_byte(book: Path):
     assert notebook.read_bytes() == before
     cells = nbformat.reads(before.decode(), as_version=4).cells
     counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
-    assert counts == [1, 2, 3, 4, 5]
+    assert counts == [1, 2, 3, 4, 5, 6, 7]
     assert cells[3].outputs[0].text == "1.0\n"
 
 
@@ -188,7 +216,7 @@ def test_edited_text_is_caught_and_taken_over(book: Path, capsys):
     assert [cell.id for cell in new] == [cell.id for cell in old]
     assert new[3].source == "print(total([0.1] * 20))"
     assert new[3].outputs == []
-    assert new[5].outputs == old[5].outputs != []
+    assert new[7].outputs == old[7].outputs != []
     said = complaint(book, capsys)  # in step again, but not executed
     assert "code cell 3 ('print(total([0.1] * 20))')" in said
     assert "make run CHAPTERS=01" in said
@@ -298,6 +326,12 @@ def test_pull_takes_edits_back_into_their_cells(book: Path):
     edit(module, "math.fsum(values)", "sum(values) * LIMIT")
     edit(module, "# Why this is here.", "# A better reason.")
     edit(module, "json.dumps(self.counts)", 'json.dumps(self.counts) + gettext("!")')
+    edit(
+        module,
+        "Counter()\n\n    def add(",
+        "Counter()\n\n    def clear(self) -> None:\n        self.counts.clear()\n\n"
+        "    # Once for each.\n    def add(",
+    )
     edit(module, "import math\n", "")
     edit(
         module,
@@ -312,6 +346,8 @@ def test_pull_takes_edits_back_into_their_cells(book: Path):
     assert "import math" not in text
     assert "from collections import Counter\nfrom gettext import gettext\n```" in text
     assert "Prose with $x$." in text
+    assert "        self.counts.clear()\n```" in text
+    assert "class Bag(Bag):\n    # Once for each.\n    def add(" in text
     assert tool(book, "export") == 0
     assert tool(book, "run") == 0
     assert tool(book, "check") == 0
@@ -327,6 +363,7 @@ def test_pull_takes_edits_back_into_their_cells(book: Path):
             "defines `more`, which no",
         ),
         ("LIMIT = 3\n", "", "lacks `LIMIT`, which an export cell"),
+        ("def add(", "def put(", "lacks `Bag.add`, which an export cell"),
         ("Sums, by hand.", "Products.", "in a way that cannot be pulled back"),
         ("def total(", "def total((", "sums.py, line 16"),
     ],
@@ -358,6 +395,11 @@ def test_chapter_without_export_cells_has_no_module(book: Path, capsys):
     ("cell", "sentence"),
     [
         ("x = 1\n" * 25, "has 25 lines; the limit is 24"),
+        (":tags: [export]\n\n" + "x = 1\n" * 25, "has 25 lines; the limit is 24"),
+        (
+            ":tags: [export]\n\nclass A:\n" + TWO_METHODS,
+            "'class A:' has 26 lines; the limit is 24",
+        ),
         (f"x = '{'y' * 90}'", "has a line of 96 columns"),
         (":tags: [exercise]\n\nx = 1", "no solution stands between"),
         ("import sys\nprint(1, file=sys.stderr)", "writes to stderr"),
@@ -380,6 +422,34 @@ def test_docstrings_do_not_count_as_lines(book: Path):
         file.write(f"\n```{{code-cell}} ipython3\n{cell}\n```\n")
     assert tool(book, "run") == 0
     assert tool(book, "check") == 0
+
+
+def test_a_single_function_may_be_longer(book: Path):
+    """It cannot be split without another module."""
+    text = book / "book" / "01_sums.md"
+    cell = f":tags: [export]\n\nclass A:\n{ONE_METHOD}"
+    text.write_text(f"{text.read_text()}\n```{{code-cell}} ipython3\n{cell}```\n")
+    assert tool(book, "export") == 0
+    assert tool(book, "run") == 0
+    assert tool(book, "check") == 0
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        ("class Bag(Bag):\n    x = 1\n\n\ny = 2", "but what it adds"),
+        ('class Bag(Bag):\n    """More."""\n\n    x = 1', "no docstring of its own"),
+        ("class Box(Box):\n    x = 1", "that no export cell before it defines"),
+    ],
+)
+def test_bad_continuation_of_a_class_is_refused(book: Path, capsys, cell, sentence):
+    text = book / "book" / "01_sums.md"
+    cell = f":tags: [export]\n\n{cell}\n"
+    text.write_text(f"{text.read_text()}\n```{{code-cell}} ipython3\n{cell}```\n")
+    module = (book / "llama2_lite" / "sums.py").read_text()
+    assert tool(book, "export") == 1
+    assert sentence in capsys.readouterr().err
+    assert (book / "llama2_lite" / "sums.py").read_text() == module
 
 
 def test_cell_that_fails_leaves_the_notebook_as_it_was(book: Path, capsys):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from modules import export, is_export_of, is_text, module_source, pull
+from modules import IMPORTS, export, is_export_of, is_text, module_source, pull
 from nbformat import NotebookNode
 from notebooks import (
     Chapter,
@@ -29,6 +29,7 @@ from notebooks import (
 )
 
 MAX_CELL_LINES = 24
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MAX_BOOK_BYTES = 10_000_000
 # What a stored study says about itself, besides its figures.
 STUDY = {"config", "seeds", "machine", "modules", "code_hash", "script", "script_hash"}
@@ -75,7 +76,8 @@ def bad_cell(cell: NotebookNode) -> list[str]:
     tags = cell.metadata.get("tags", [])
     lines = cell.source.splitlines()
     length = len(lines) - docstring_lines(cell.source)
-    is_read = not {"export", "remove-input"} & set(tags)
+    can_be_split = "export" not in tags or parts(cell.source) > 1
+    is_read = "remove-input" not in tags and can_be_split
     if is_read and length > MAX_CELL_LINES:
         problems.append(f"{first!r} has {length} lines; the limit is {MAX_CELL_LINES}")
     wide = [line for line in lines if len(line) > 88]
@@ -90,12 +92,23 @@ def bad_cell(cell: NotebookNode) -> list[str]:
     return problems
 
 
+def parts(source: str) -> int:
+    """How many cells the statements of a cell and the methods of its classes fill."""
+    total = 0
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.ClassDef):
+            total += max(1, sum(isinstance(m, FUNCTIONS) for m in statement.body))
+        else:
+            total += not isinstance(statement, IMPORTS)
+    return total
+
+
 def docstring_lines(source: str) -> int:
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a cell with a line that only IPython understands
         return 0
-    owners = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    owners = (*FUNCTIONS, ast.ClassDef)
     total = 0
     for node in ast.walk(tree):
         if isinstance(node, owners) and is_text(node.body[0]):

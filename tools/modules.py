@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from nbformat import NotebookNode
 from notebooks import (
@@ -61,12 +63,16 @@ def module_source(chapter: Chapter, notebook: NotebookNode) -> str | None:
         f'"""{title}.\n\nExported from book/{chapter.stem}.md, which explains every '
         'part. Edit it there,\nthen `make export`.\n"""'
     )
-    imports, bodies = [], []
+    imports: list[str] = []
+    bodies: list[str] = []
     for cell in cells:
         statements = syntax(chapter, cell.source).body
         above, rest = split_imports(cell.source, statements)
         imports.append(above)
-        bodies.append(rest)
+        if any(map(is_continued, statements)):
+            continue_class(chapter, bodies, rest)
+        else:
+            bodies.append(rest)
     text = "\n\n\n".join([docstring, "\n".join(imports), *filter(None, bodies)])
     return tidy(chapter, text)
 
@@ -81,6 +87,38 @@ def split_imports(source: str, statements: list[ast.stmt]) -> tuple[str, str]:
             above += lines[span]
             lines[span] = [""] * len(lines[span])
     return "\n".join(above), "\n".join(lines).strip("\n")
+
+
+def is_continued(statement: ast.stmt) -> bool:
+    """Whether it is a class of its own name, which takes a class up again: X(X)."""
+    if not isinstance(statement, ast.ClassDef) or len(statement.bases) != 1:
+        return False
+    base = statement.bases[0]
+    return isinstance(base, ast.Name) and base.id == statement.name
+
+
+def continue_class(chapter: Chapter, bodies: list[str], source: str) -> None:
+    """Put what a cell adds to a class behind what earlier cells have of it."""
+    statements: list[Any] = ast.parse(source).body
+    first = source.partition("\n")[0]
+    added = statements[-1]
+    if len(statements) > 1 or not source.startswith("class ") or is_text(added.body[0]):
+        raise Problem(
+            f"book/{chapter.stem}.md: the cell {first!r} continues a class, so that it "
+            "can hold nothing but what it adds, and no docstring of its own"
+        )
+    for number, body in enumerate(bodies):
+        for statement in ast.parse(body).body:
+            if isinstance(statement, ast.ClassDef) and statement.name == added.name:
+                lines = body.splitlines()
+                more = source.splitlines()[added.lineno :]
+                lines[statement.end_lineno : statement.end_lineno] = ["", *more]
+                bodies[number] = "\n".join(lines)
+                return
+    raise Problem(
+        f"book/{chapter.stem}.md: the cell {first!r} continues a class that no export "
+        "cell before it defines"
+    )
 
 
 def tidy(chapter: Chapter, text: str) -> str:
@@ -136,31 +174,61 @@ def is_export_of(chapter: Chapter) -> bool:
 # From module to chapter
 
 
-def definitions(source: str) -> dict[tuple[str, int], tuple[int, int]]:
+Spans = dict[tuple[str, int], tuple[int, int]]
+
+
+def definitions(source: str, cuts: Collection[str] = ()) -> Spans:
     """Top-level statements other than imports: (name, which of that name) -> lines.
 
-    The first line is the first of the comments above it, and lines count from 0.
+    The first line is the first of the comments above it, and lines count from 0. A
+    class is cut before each of its members that ``cuts`` names, as Class.member; what
+    follows has that name, as what a cell that continues the class adds to it.
     """
     lines = source.splitlines()
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    found: Spans = {}
     seen: Counter[str] = Counter()
-    end = 0
-    for statement in ast.parse(source).body:
-        start = end
+
+    def add(name: str, start: int, end: int) -> None:
+        found[name, seen[name]] = (start, end)
+        seen[name] += 1
+
+    for statement, start in starts(lines, ast.parse(source).body):
         end = statement.end_lineno or statement.lineno
         if isinstance(statement, IMPORTS) or is_text(statement):
             continue
+        name = owner = name_of(statement)
+        body = statement.body if isinstance(statement, ast.ClassDef) else []
+        if is_continued(statement):
+            name, start = f"{owner}.{name_of(body[0])}", statement.lineno
+        for member, line in starts(lines, body, statement.lineno):
+            if (cut := f"{owner}.{name_of(member)}") in cuts:
+                before = line
+                while not lines[before - 1].strip():
+                    before -= 1
+                add(name, start, before)
+                name, start = cut, line
+        add(name, start, end)
+    return found
+
+
+def starts(
+    lines: list[str], statements: list[ast.stmt], end: int = 0
+) -> Iterator[tuple[ast.stmt, int]]:
+    """Statements with the first lines after ``end`` that belong to them."""
+    for statement in statements:
+        start = end
         while not lines[start].strip():
             start += 1
-        if isinstance(statement, ast.Assign):
-            name = " = ".join(ast.unparse(target) for target in statement.targets)
-        elif isinstance(statement, ast.AnnAssign):
-            name = ast.unparse(statement.target)
-        else:
-            name = getattr(statement, "name", ast.unparse(statement).split("\n")[0])
-        found[name, seen[name]] = (start, end)
-        seen[name] += 1
-    return found
+        yield statement, start
+        end = statement.end_lineno or statement.lineno
+
+
+def name_of(statement: ast.stmt) -> str:
+    if isinstance(statement, ast.Assign):
+        return " = ".join(ast.unparse(target) for target in statement.targets)
+    if isinstance(statement, ast.AnnAssign):
+        return ast.unparse(statement.target)
+    return getattr(statement, "name", ast.unparse(statement).split("\n")[0])
 
 
 def is_text(statement: ast.stmt) -> bool:
@@ -192,13 +260,16 @@ def pull(chapter: Chapter) -> str | None:
     edited = chapter.module.read_text(encoding="utf-8")
     if edited == before:
         return None
+    cells = tagged(notebook, "export")
+    cuts = {name for cell in cells for name, _ in definitions(cell.source)}
     try:
-        after = definitions(edited)
+        after = definitions(edited, cuts)
     except SyntaxError as error:
         raise Problem(f"{module}, line {error.lineno}: {error.msg}") from error
+    held = definitions(before, cuts).keys()
     for names, what in [
-        (after.keys() - definitions(before).keys(), "defines {}, which no export cell"),
-        (definitions(before).keys() - after.keys(), "lacks {}, which an export cell"),
+        (after.keys() - held, "defines {}, which no export cell"),
+        (held - after.keys(), "lacks {}, which an export cell"),
     ]:
         if names:
             listed = ", ".join(sorted({f"`{name}`" for name, _ in names}))
@@ -207,8 +278,8 @@ def pull(chapter: Chapter) -> str | None:
                 "change the chapter's cell by hand, then pull again"
             )
 
-    pull_definitions(tagged(notebook, "export"), edited, after)
-    pull_imports(chapter, tagged(notebook, "export"), imported(edited))
+    pull_definitions(cells, edited, after)
+    pull_imports(chapter, cells, imported(edited))
     wanted, got = tidy(chapter, edited), module_source(chapter, notebook) or ""
     if wanted != got:
         raise Problem(
@@ -224,7 +295,7 @@ def pull(chapter: Chapter) -> str | None:
 def pull_definitions(
     cells: list[NotebookNode],
     edited: str,
-    after: dict[tuple[str, int], tuple[int, int]],
+    after: Spans,
 ) -> None:
     new_lines = edited.splitlines()
     seen: Counter[str] = Counter()
