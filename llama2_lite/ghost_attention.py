@@ -177,7 +177,10 @@ def draw_replies(
     seed: int,
     batch_size: int,
 ) -> list[str | None]:
-    """Reply to each prompt; what fails its check is drawn again, or None at the end."""
+    """Reply to each prompt; what fails its check is drawn again, or None at the end.
+
+    An empty reply fails, and so does one without an end.
+    """
     replies: list[str | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for draw in range(draws):
@@ -441,7 +444,7 @@ class GhostDataset:
     def batch(
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> GhostBatch:
-        """The dialogues of one process at one step: a function of the step alone."""
+        """The dialogues of one process at one step; seed and arguments say which."""
         first = step * world_size * batch_size
         counts = [
             sum(len(turn.reply or []) for turn in self._turns(first + i)[0])

@@ -297,7 +297,7 @@ class PromptDataset:
     def batch(
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[Prompt]:
-        """The prompts of one process at one step, a pure function of the arguments."""
+        """The prompts of one process at one step, a function of seed and arguments."""
         first = (step * world_size + rank) * batch_size
         places = [divmod(first + i, len(self)) for i in range(batch_size)]
         orders = {
@@ -658,7 +658,8 @@ class PPOModule(LightningModule):
         """One iteration.
 
         Raises:
-            ValueError: if the batch is no multiple of a minibatch; see `collect`.
+            ValueError: if the batch is no multiple of a minibatch, or the processes
+                cannot share one; see `collect`.
             FloatingPointError: if a loss or a gradient is not finite.
         """
         size, iteration = self.settings.minibatch_size, self.global_step

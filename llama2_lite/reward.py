@@ -574,7 +574,7 @@ class PreferenceDataset:
     def batch(
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> PairBatch:
-        """The pairs of one process at one step.
+        """The pairs of one process, or of one part of a step, at one step.
 
         What a step sees in all processes together depends on the product of their
         number and ``batch_size`` only.

@@ -149,7 +149,8 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: parts of the model in fp32, there all the time.
-        gathered: whole weights of the blocks at work, in the type of the products.
+        gathered: whole weights of the blocks at work and of what is outside the blocks,
+            in the type of the products.
         activations: what the forward pass keeps for the backward pass.
         working: what else exists at the worst moment.
     """

@@ -32,7 +32,7 @@ from llama2_lite.pretraining import (
 )
 from llama2_lite.town import Town, system_instructions
 
-# What may be wrong with an answer to a harmless request, half of the time a wrong fact.
+# What may be wrong with an answer to a harmless request; half of the time its content.
 FLAWS = ("wrong", "wrong", "wrong", "wrong", "off_topic", "rude", "evasive", "terse")
 
 
@@ -132,7 +132,7 @@ class SupervisedModule(PretrainingModule):
         return vocabulary_loss(hidden[learn], weight, targets[learn])
 
     def weigh(self, batch: DialogBatch) -> float:  # type: ignore[override]
-        """Each answer token of all processes weighs alike."""
+        """Each answer token of all parts of a step weighs alike."""
         return batch.weight
 
     def count_tokens(self, batch: DialogBatch) -> int:  # type: ignore[override]
