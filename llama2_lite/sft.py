@@ -78,8 +78,9 @@ def sample_demonstrations(
 class SupervisedModule(PretrainingModule):
     """A Llama that learns to write the answers of dialogues.
 
-    Logs what `PretrainingModule` logs. The defaults are the paper's (§3.1); it says
-    nothing of a warm-up, so there is none, and nothing of attention across samples.
+    Logs what `PretrainingModule` logs. The defaults are the paper's (§3.1, and
+    §2.2 for clipping and the end of the cosine); it says nothing of a warm-up, so there
+    is none, and nothing of attention across samples.
 
     Args:
         folder: of the model to start from, in Hugging Face's layout.
