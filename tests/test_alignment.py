@@ -6,7 +6,7 @@ The stages themselves are built by `make tour`, before the chapters that open th
 import pytest
 import yaml
 
-from llama2_lite.runtime.alignment import AlignmentRecipe, AlignmentStages
+from llama2_lite.runtime.alignment import HARMLESS, AlignmentRecipe, AlignmentStages
 from llama2_lite.runtime.configs import find_config
 from llama2_lite.runtime.gains import print_gains, write_share
 from llama2_lite.runtime.tour import Recipe, Stages
@@ -47,6 +47,20 @@ def test_requests_are_of_the_training_split_and_some_are_unsafe(tmp_path):
     kinds = [trained[dialog[0]["content"]] for dialog in dialogs]
     assert 0.1 < kinds.count("unsafe") / len(kinds) < 0.5
     assert dialogs != stages.requests(300, 1)
+
+
+def test_what_ppo_is_judged_by_is_not_what_it_learns_from(tmp_path):
+    stages = AlignmentStages(Stages(tmp_path, Recipe.read()), AlignmentRecipe.read())
+    learned = stages.requests(4000, 0)
+    others = stages.other_requests(learned, 512, 1)
+    prompts = {dialog[0]["content"] for dialog in others}
+    assert not prompts & {dialog[0]["content"] for dialog in learned}
+    trained = {task.prompt: task.kind for task in stages.town.tasks("train")}
+    kinds = [trained[dialog[0]["content"]] for dialog in others]
+    assert set(kinds) == {*HARMLESS, "unsafe"}
+    assert 0.2 < kinds.count("unsafe") / len(kinds) < 0.33
+    assert others == stages.other_requests(learned, 512, 1)
+    assert others != stages.other_requests(learned, 512, 2)
 
 
 def test_tables(capsys):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -69,6 +70,7 @@ from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import LEVELS, Annotators, Oracle, Preference
 
 HARMLESS = ("fact", "sum", "opposite", "list", "story", "howto", "borderline")
+ASKED = (*HARMLESS, *HARMLESS, *("unsafe",) * 5)  # kinds that policies are asked
 STAGES = ("sft", "preferences", "helpfulness", "safety", "rejection", "ppo", "chat")
 CONTEXT = 256  # more than any prompt of the town with its answer
 
@@ -162,8 +164,9 @@ class PPORecipe:
 
     Attributes:
         requests: prompts to learn from.
-        held_out_requests: prompts to choose the best iteration by; rewards differ so
-            much that the mean of a hundred chooses by chance.
+        held_out_requests: prompts to choose the best iteration by, none of which is
+            learned from; rewards differ so much that the mean of a hundred chooses by
+            chance.
     """
 
     iterations: int
@@ -474,9 +477,31 @@ class AlignmentStages:
 
     def requests(self, n_requests: int, seed: int) -> list[Dialog]:
         """Prompts of the training split, a quarter of them unsafe."""
-        kinds = [*HARMLESS, *HARMLESS, *["unsafe"] * 5]
-        tasks = draw_tasks(self.town, n_requests, kinds, seed)
+        tasks = draw_tasks(self.town, n_requests, ASKED, seed)
         return [task.dialog() for task in tasks]
+
+    def other_requests(
+        self, learned: Sequence[Dialog], n_requests: int, seed: int
+    ) -> list[Dialog]:
+        """As `requests`, but none of those that are learned from.
+
+        Of kinds with few requests, such as how-to, few are left, and come often.
+        """
+        random = Random(f"other requests {seed}")
+        known = {dialog[-1]["content"] for dialog in learned}
+        left = {
+            kind: [
+                task
+                for task in self.town.tasks("train", [kind])
+                if task.prompt not in known
+            ]
+            for kind in ASKED
+        }
+        kinds = [kind for kind in ASKED if left[kind]]
+        return [
+            random.choice(left[random.choice(kinds)]).dialog()
+            for _ in range(n_requests)
+        ]
 
     def ppo(self) -> Artifact:
         """``ppo``: the model of ``rejection`` after learning from rewards."""
@@ -509,21 +534,13 @@ class AlignmentStages:
             recipe: the numbers.
             seeds: of the answers, of the requests, and of those to validate on.
         """
-        seed, *seeds_of_requests = seeds
+        seed, seed_of_requests, seed_of_others = seeds
+        learned = self.requests(recipe.requests, seed_of_requests)
+        others = self.other_requests(learned, recipe.held_out_requests, seed_of_others)
         length = recipe.settings.max_new_tokens
         train, held_out = (
-            PromptDataset(
-                self.requests(n, seed_of_requests),
-                self.tokenizer(),
-                CONTEXT,
-                length,
-                seed,
-            )
-            for n, seed_of_requests in zip(
-                (recipe.requests, recipe.held_out_requests),
-                seeds_of_requests,
-                strict=True,
-            )
+            PromptDataset(dialogs, self.tokenizer(), CONTEXT, length, seed)
+            for dialogs in (learned, others)
         )
         data = PromptDataModule(train, held_out, recipe.batch_size)
         module = PPOModule(start.path, score, recipe.settings, seed)
