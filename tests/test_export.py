@@ -137,6 +137,7 @@ EMPTY = Bag()
 '''
 
 
+EXPORTED = ":tags: [export]\n\n"
 TWO_METHODS = "".join(
     f"    def {name}(self):\n" + "        self.x = 1\n" * 11 + "\n" for name in "ab"
 )
@@ -145,6 +146,11 @@ ONE_METHOD = "    def a(self):\n" + "        self.x = 1\n" * 30
 
 def tool(root: Path, *arguments: str) -> int:
     return export.main(["--root", str(root), *arguments])
+
+
+def append_cell(root: Path, source: str) -> None:
+    with (root / "book" / "01_sums.md").open("a") as file:
+        file.write(f"\n```{{code-cell}} ipython3\n{source.strip()}\n```\n")
 
 
 def complaint(root: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -395,9 +401,9 @@ def test_chapter_without_export_cells_has_no_module(book: Path, capsys):
     ("cell", "sentence"),
     [
         ("x = 1\n" * 25, "has 25 lines; the limit is 24"),
-        (":tags: [export]\n\n" + "x = 1\n" * 25, "has 25 lines; the limit is 24"),
+        (EXPORTED + "x = 1\n" * 25, "has 25 lines; the limit is 24"),
         (
-            ":tags: [export]\n\nclass A:\n" + TWO_METHODS,
+            f"{EXPORTED}class A:\n{TWO_METHODS}",
             "'class A:' has 26 lines; the limit is 24",
         ),
         (f"x = '{'y' * 90}'", "has a line of 96 columns"),
@@ -408,9 +414,7 @@ def test_chapter_without_export_cells_has_no_module(book: Path, capsys):
     ],
 )
 def test_limits(book: Path, capsys, cell, sentence):
-    text = book / "book" / "01_sums.md"
-    with text.open("a") as file:
-        file.write(f"\n```{{code-cell}} ipython3\n{cell.strip()}\n```\n")
+    append_cell(book, cell)
     assert tool(book, "run") == 0
     assert sentence in complaint(book, capsys)
 
@@ -418,17 +422,14 @@ def test_limits(book: Path, capsys, cell, sentence):
 def test_docstrings_do_not_count_as_lines(book: Path):
     body = "\n".join(f"    line {n}" for n in range(30))
     cell = f'def f():\n    """Many.\n\n{body}\n    """\n    return 1'
-    with (book / "book" / "01_sums.md").open("a") as file:
-        file.write(f"\n```{{code-cell}} ipython3\n{cell}\n```\n")
+    append_cell(book, cell)
     assert tool(book, "run") == 0
     assert tool(book, "check") == 0
 
 
 def test_a_single_function_may_be_longer(book: Path):
     """It cannot be split without another module."""
-    text = book / "book" / "01_sums.md"
-    cell = f":tags: [export]\n\nclass A:\n{ONE_METHOD}"
-    text.write_text(f"{text.read_text()}\n```{{code-cell}} ipython3\n{cell}```\n")
+    append_cell(book, f"{EXPORTED}class A:\n{ONE_METHOD}")
     assert tool(book, "export") == 0
     assert tool(book, "run") == 0
     assert tool(book, "check") == 0
@@ -443,9 +444,7 @@ def test_a_single_function_may_be_longer(book: Path):
     ],
 )
 def test_bad_continuation_of_a_class_is_refused(book: Path, capsys, cell, sentence):
-    text = book / "book" / "01_sums.md"
-    cell = f":tags: [export]\n\n{cell}\n"
-    text.write_text(f"{text.read_text()}\n```{{code-cell}} ipython3\n{cell}```\n")
+    append_cell(book, EXPORTED + cell)
     module = (book / "llama2_lite" / "sums.py").read_text()
     assert tool(book, "export") == 1
     assert sentence in capsys.readouterr().err
