@@ -3,15 +3,16 @@
 Chapter 14 shows all of it. A chat model is trained on its best answers, on answers of
 its own that nobody has chosen, and on answers that were chosen too hard; a smaller
 model on its own best answers and on the larger one's; and a second version on its own
-round and on both rounds. Then many answers to each prompt are drawn before and after,
-at several temperatures, and the best of them is looked at by K, for several reward
-models.
+round, on both rounds, and on as many answers of both as its own round has. Then many
+answers to each prompt are drawn before and after, at several temperatures, and the best
+of them is looked at by K, for several reward models.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -234,7 +235,13 @@ class Study:
         kinds = [kind for kind in HARMLESS_KINDS if kind != "story"]
         new = self.picks(first, "best", 100 + seed, kinds, version=2)
         both = best_of_all_rounds([bag, new], self.score)
-        models = {"first": first, "last": version(new), "all": version(both)}
+        as_many = Random(seed).sample(both, len(new))
+        models = {
+            "first": first,
+            "last": version(new),
+            "all": version(both),
+            "as many": version(as_many),
+        }
         return {
             name: self.evaluate(model, seed, "round,", name)
             for name, model in models.items()

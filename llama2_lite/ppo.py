@@ -18,7 +18,14 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llama2_lite.chat import Dialog, encode_dialog
+from llama2_lite.chat import (
+    Dialog,
+    Example,
+    collate,
+    encode_dialog,
+    pack,
+    separate_samples,
+)
 from llama2_lite.generation import for_decoding, generate
 from llama2_lite.model import Llama, read_config
 from llama2_lite.pretraining import (
@@ -366,23 +373,57 @@ class Rollout:
         return Rollout(*(p[:, :length] if p.dim() > 1 else p for p in parts))
 
 
+MOSTLY_FULL = 0.9  # share of tokens in a batch from which on windows save nothing
+
+
+def hidden_states(model: Llama, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Last hidden states of rows, (B, T, C), computed for tokens and not for padding.
+
+    Args:
+        ids: padded behind, (B, T).
+        lengths: tokens of each row, (B,); hidden states of padding mean nothing.
+    """
+    if lengths.sum() > MOSTLY_FULL * ids.numel():
+        return model(ids, return_hidden=True)
+    rows = torch.arange(ids.numel()).view(ids.shape).tolist()
+    counts = lengths.tolist()
+    examples = [Example(r[:n], [False] * n) for r, n in zip(rows, counts, strict=True)]
+    window = 64 * math.ceil(1.5 * max(counts) / 64)  # a long row and a short one
+    places, _, samples, _ = collate(pack(examples, window))
+    places, samples = places.to(ids.device), samples.to(ids.device)  # (W, N)
+    tokens, real = ids.flatten()[places], samples >= 0
+    hidden = model(tokens, *separate_samples(samples), return_hidden=True)
+    found = hidden.new_zeros(ids.numel(), hidden.shape[-1])
+    found[places[real]] = hidden[real]
+    return found.view(*ids.shape, -1)
+
+
+def lengths_of(mask: Tensor) -> Tensor:
+    """How many tokens rows have up to the ends of their answers, (B,).
+
+    Args:
+        mask: the tokens of the answers, bool, (B, T).
+    """
+    return mask.shape[1] - mask.flip(1).int().argmax(1)
+
+
 def answer_logprobs(model: Llama, ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probability of each token of the answers, (B, T); 0 for other tokens.
 
     Args:
-        ids: (B, T).
+        ids: padded behind, (B, T).
         mask: the tokens of the answers, bool, (B, T); never the first of a row.
     """
-    hidden = model(ids[:, :-1], return_hidden=True)
+    hidden = hidden_states(model, ids[:, :-1], lengths_of(mask) - 1)
     return token_logprobs(hidden, model.output.weight, ids, mask)
 
 
 class ValueModel(RewardModel):
     """A reward model that is asked after each token and not only after the last."""
 
-    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
-        """Values after each token, (B, T)."""
-        hidden = self.llama(tokens, return_hidden=True)
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        """Values after each token, (B, T); see `hidden_states`."""
+        hidden = hidden_states(self.llama, tokens, lengths)
         # a sum of one number: FSDP's hooks take no view, which [..., 0] would be
         return self.head(hidden).float().sum(-1)
 
@@ -589,7 +630,9 @@ class PPOModule(LightningModule):
             mask,
             answer_logprobs(self.model, ids, mask),
             answer_logprobs(self.frozen[0], ids, mask),
-            self.critic(ids) if self.settings.critic else torch.zeros_like(ids).float(),
+            self.critic(ids, lengths)
+            if self.settings.critic
+            else torch.zeros_like(ids).float(),
             self.score(prompts, finished),
             finished,
         )
@@ -619,8 +662,7 @@ class PPOModule(LightningModule):
             )
         final = whiten(scores, finished) - settings.cut_penalty * (~finished)
         rewards = -settings.kl_weight * (logprobs - reference)
-        ends = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        last = torch.arange(len(ids), device=ids.device), ends
+        last = torch.arange(len(ids), device=ids.device), lengths_of(mask) - 1
         rewards[last] += final
         values = values_before(after, mask)
         advantages, returns = generalized_advantages(
@@ -651,7 +693,8 @@ class PPOModule(LightningModule):
         loss = policy_loss(logprobs, part.logprobs, part.advantages, mask, clip)
         if not self.settings.critic:
             return loss, torch.zeros_like(loss)
-        values = values_before(self.critic(part.ids), mask)
+        after = self.critic(part.ids, lengths_of(mask))
+        values = values_before(after, mask)
         return loss, value_loss(values, part.values, part.returns, mask, clip)
 
     def training_step(self, prompts: list[Prompt], batch_idx: int) -> None:

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
@@ -28,7 +28,7 @@ from tiny_training import KILLED, in_process
 
 from llama2_lite.chat import encode_dialog
 from llama2_lite.generation import generate
-from llama2_lite.model import Llama
+from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.ppo import (
     PPOModule,
     PPOSettings,
@@ -37,6 +37,8 @@ from llama2_lite.ppo import (
     combine,
     combined_reward,
     generalized_advantages,
+    hidden_states,
+    lengths_of,
     model_scores,
     oracle_scores,
     policy_loss,
@@ -364,7 +366,7 @@ def test_the_end_of_an_answer_is_rewarded_and_a_cut_one_goes_on(module, folder):
     ) / rollout.scores[finished].std(correction=0)
     torch.testing.assert_close(rollout.rewards[last][finished], white)
     assert (rollout.rewards[last][~finished] == -1).all()
-    after = module.critic(rollout.ids)[last].detach()
+    after = module.critic(rollout.ids, lengths_of(mask))[last].detach()
     expected = rollout.rewards[last] + after * ~finished - rollout.values[last]
     torch.testing.assert_close(rollout.advantages[last], expected)
     assert (rollout.ids[last] == module.tokenizer.eos_id).equal(finished)
@@ -387,15 +389,17 @@ def test_padding_and_neighbours_change_nothing(module, folder):
     rollout = module.collect(prompts, seed=5)
     mask, ids = rollout.response_mask, rollout.ids
     assert (~mask[:, -1]).any()
-    lengths = mask.shape[1] - mask.flip(1).int().argmax(1)
+    lengths = lengths_of(mask)
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     other = ids.masked_fill(padding, 7)
     for ours, theirs in (
         (answer_logprobs(module.model, other, mask), rollout.logprobs),
-        (module.critic(other)[~padding], None),
+        (
+            module.critic(other, lengths)[~padding],
+            module.critic(ids, lengths)[~padding],
+        ),
     ):
-        expected = module.critic(ids)[~padding] if theirs is None else theirs
-        assert torch.equal(ours, expected)
+        assert torch.equal(ours, theirs)
     for row in range(4):
         alone = rollout.rows(torch.tensor([row]))
         assert alone.ids.shape[1] == lengths[row]
@@ -491,6 +495,49 @@ def test_without_a_critic_the_return_is_the_advantage(folder):
     mask = rollout.response_mask
     torch.testing.assert_close(rollout.advantages[mask], to_go[mask])
     assert not hasattr(module, "critic")
+
+
+# Rows that share windows
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_hidden_states_and_gradients_are_those_of_padded_rows(lengths, seed):
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig(16, 2, 4, 2, 50, 24, max_seq_len=64)).double()
+    ids = torch.randint(50, (len(lengths), max(lengths)))
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    weights = torch.randn(*ids.shape, 16).double()
+    found = {}
+    for name, hidden in (
+        ("padded", model(ids, return_hidden=True)),
+        ("shared", hidden_states(model, ids, torch.tensor(lengths))),
+    ):
+        (hidden * weights)[real].sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if n[:3] != "out"}
+        found[name] = hidden[real].detach(), gradients
+        model.zero_grad()
+    torch.testing.assert_close(found["shared"], found["padded"])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_little_is_computed_for_padding(full):
+    model = Llama(LlamaConfig(16, 2, 4, 2, 50, 24, max_seq_len=96))
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.randint(85 if full else 10, 91, (64,), generator=random)
+    ids = torch.randint(50, (64, 90), generator=random)
+    computed = []
+    model.layers[0].register_forward_pre_hook(
+        lambda layer, given: computed.append(given[0].shape[0] * given[0].shape[1])
+    )
+    hidden_states(model, ids, lengths)
+    assert computed[0] < 1.1 * lengths.sum()
+    assert (computed[0] == ids.numel()) == full
+
+
+def test_lengths_are_those_up_to_the_ends_of_answers():
+    mask = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]).bool()
+    assert lengths_of(mask).tolist() == [2, 4, 3]
 
 
 # Rewards
