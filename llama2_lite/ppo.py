@@ -421,7 +421,9 @@ def answer_logprobs(model: Llama, ids: Tensor, mask: Tensor) -> Tensor:
 class ValueModel(RewardModel):
     """A reward model that is asked after each token and not only after the last."""
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, lengths: Tensor
+    ) -> Tensor:
         """Values after each token, (B, T); see `hidden_states`."""
         hidden = hidden_states(self.llama, tokens, lengths)
         # a sum of one number: FSDP's hooks take no view, which [..., 0] would be
