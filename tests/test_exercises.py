@@ -50,7 +50,7 @@ MODULES = {"torch", "np", "plt", "F"}  # calls of their functions change nothing
 
 
 def names_changed(tree: ast.Module) -> Iterator[str]:
-    """Names in calls such as ``trainer.fit(module)``, which may change what they are."""
+    """Names in calls such as ``trainer.fit(module)``, which may change them."""
     for line in tree.body:
         match line:
             case ast.Expr(ast.Call(func=ast.Attribute() as called)):
