@@ -17,8 +17,11 @@ help:  ## print this list
 tour: $(READY)  ## train a tokenizer and a Llama on the built-in town, in minutes
 	$(BIN)/llama2-lite tour
 
+# Without its reordering, since pytest-xdist leaves files with few tests for the end. The
+# slowest are among them, and the other process would wait for the last one.
 test: tour  ## run every test and every chapter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(NBVAL) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--no-loadscope-reorder $(NBVAL) \
 		tests $(wildcard book/[0-9]*.ipynb)
 
 lab: sync  ## open the book in JupyterLab
