@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         """
         normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         out = normed.to(x.dtype) * self.weight.to(x.dtype)
-        device = x.device.type
+        device = x.device.type  # "meta" is PyTorch's for shapes without numbers
         if device != "meta" and torch.is_autocast_enabled(device):
             # several matrices read this, and each would round it for itself
             out = out.to(torch.get_autocast_dtype(device))
