@@ -42,7 +42,10 @@ class KVCache:
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             room = self.keys.shape[2]
-            raise ValueError(f"the cache has room for {room} tokens, not for {end}")
+            raise ValueError(
+                f"the cache has room for {room} tokens, not for {end}; "
+                "make one with more"
+            )
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end

@@ -119,7 +119,10 @@ def mix(
             an iterator, or a share is not positive.
     """
     if set(sources) != set(shares):
-        raise ValueError(f"shares of {sorted(shares)} for sources {sorted(sources)}")
+        raise ValueError(
+            f"shares of {sorted(shares)} for sources {sorted(sources)}; "
+            "give each source one share"
+        )
     for name, documents in sources.items():
         if iter(documents) is documents:
             raise ValueError(f"source {name!r} is an iterator, not a list")
@@ -302,18 +305,26 @@ class TokenDataset:
         """Memory-map one shard."""
         path = self.folder / shard["file"]
         if not path.is_file():
-            raise FileNotFoundError(f"the shard {path} is missing")
+            raise FileNotFoundError(
+                f"the shard {path} is missing; write the shards again"
+            )
         size, expected = path.stat().st_size, shard["tokens"] * dtype.itemsize
         if size != expected:
-            raise ValueError(f"the shard {path} has {size} bytes instead of {expected}")
+            raise ValueError(
+                f"the shard {path} has {size} bytes instead of {expected}; "
+                "write the shards again"
+            )
         tokens = np.memmap(path, dtype, mode="r")
         if verify:
             if hashlib.sha256(tokens.data).hexdigest() != shard["sha256"]:
-                raise ValueError(f"the shard {path} does not match its checksum")
+                raise ValueError(
+                    f"the shard {path} does not match its checksum; "
+                    "write the shards again"
+                )
             if tokens.max() >= self.vocab_size:
                 raise ValueError(
                     f"the shard {path} holds the id {tokens.max()}, beyond the "
-                    f"vocabulary of {self.vocab_size}"
+                    f"vocabulary of {self.vocab_size}; write the shards again"
                 )
         return tokens
 

@@ -387,7 +387,7 @@ class DecodingLinear(nn.Linear):
         """From (..., C) to the outputs of all layers, side by side."""
         if torch.compiler.is_compiling():
             if x.numel() == x.shape[-1]:
-                # compiled, the sum reads the matrix three times as fast as a product
+                # compiled, the sum reads the matrix faster than a product does
                 return (x.flatten() * self.weight).sum(-1).view(*x.shape[:-1], -1)
         elif x.is_cpu and x.dtype == torch.float32 and mkldnn.is_available():
             if self.packed is None:

@@ -427,7 +427,10 @@ class GhostDataset:
             turns for turns in encoded if any(turn.reply is not None for turn in turns)
         ]
         if not self.dialogs:
-            raise ValueError("there is no dialogue with a reply to learn")
+            raise ValueError(
+                "there is no dialogue with a reply to learn: either none obeys, or "
+                f"no first turn fits into {sequence_length} tokens"
+            )
         self.sequence_length = sequence_length
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
@@ -523,7 +526,10 @@ def plan_visits(
                 visits.append(Visit(instruction, drawn))
                 break
         else:
-            raise ValueError(f"{n_turns} turns hardly ever fit into {length} tokens")
+            raise ValueError(
+                f"{n_turns} turns hardly ever fit into {length} tokens; ask for "
+                "fewer, or of kinds with shorter answers"
+            )
     return visits
 
 

@@ -257,7 +257,8 @@ class Llama(nn.Module):
             if end > self.config.max_seq_len:
                 context = self.config.max_seq_len
                 raise ValueError(
-                    f"{end} tokens do not fit into the context of {context}"
+                    f"{end} tokens do not fit into the context of {context}; "
+                    "leave some out"
                 )
             cos, sin = self.cos[start:end], self.sin[start:end]  # (T, D/2)
         else:
@@ -360,7 +361,8 @@ class Llama(nn.Module):
             raise FileExistsError(f"{folder} is a file, not a folder")
         if folder.exists() and any(folder.iterdir()) and not force:
             raise FileExistsError(
-                f"{folder} exists and is not empty; it is replaced only by force"
+                f"{folder} exists and is not empty; choose another folder, or give "
+                "force=True to replace what is in it"
             )
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         beside.mkdir(parents=True)
@@ -525,7 +527,7 @@ def read_hugging_face(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]
                 tensors |= {name: opened.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a whole safetensors file: {error}"
+                f"{path} is not a whole safetensors file ({error}); get it again"
             ) from None
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -645,7 +647,8 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # any kind, depending on where the file is broken
         raise ValueError(
-            f"{path} is broken or holds more than tensors, so it is not opened"
+            f"{path} is broken or holds more than tensors, so it is not opened; "
+            "get it again, or as safetensors"
         ) from None
 
 

@@ -185,9 +185,15 @@ def whiten(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     chosen = scores[mask].float()
     if not chosen.isfinite().all():
         n_bad = int((~chosen.isfinite()).sum())
-        raise ValueError(f"{n_bad} of {len(chosen)} rewards are not finite numbers")
+        raise ValueError(
+            f"{n_bad} of {len(chosen)} rewards are not finite numbers; "
+            "look at what the reward models say of single answers"
+        )
     if len(chosen) == 0 or bool((chosen == chosen[0]).all()):
-        raise ValueError(f"all {len(chosen)} rewards are equal: nothing can be learnt")
+        raise ValueError(
+            f"all {len(chosen)} rewards are equal: nothing can be learnt; "
+            "look whether the answers differ, and whether the reward depends on them"
+        )
     chosen = chosen - chosen.mean()
     white = torch.zeros_like(scores, dtype=torch.float)
     white[mask] = chosen / chosen.square().mean().sqrt()
@@ -711,9 +717,8 @@ class PPOModule(LightningModule):
         n_rows = len(prompts) * self.n_processes
         if n_rows % size or size % self.n_processes:
             raise ValueError(
-                f"minibatches of {size} do not divide {n_rows}"
-                if n_rows % size
-                else f"{self.n_processes} processes cannot share minibatches of {size}"
+                f"a batch of {n_rows} prompts, minibatches of {size} and "
+                f"{self.n_processes} processes: each has to be a multiple of the next"
             )
         rollout = self.collect(prompts, self.seed * 1_000_003 + iteration)
         random = np.random.default_rng([self.seed, iteration])
@@ -780,7 +785,8 @@ class PPOModule(LightningModule):
         mine = [prompts[i] for i in numbers]
         if len(prompts) < self.n_processes:
             raise ValueError(
-                f"{self.n_processes} processes cannot share {len(prompts)} prompts"
+                f"{self.n_processes} processes cannot share {len(prompts)} prompts; "
+                "hold out more, or use fewer processes"
             )
         _, texts, _ = self.sample(mine, self.seed, numbers)
         rewards = self.reward([prompt.dialog for prompt in mine], texts).double()

@@ -70,7 +70,9 @@ def expected_median(scores: Tensor, n: int) -> Tensor:
 
 def _check_n(n: int, n_samples: int) -> None:
     if not 1 <= n <= n_samples:
-        raise ValueError(f"cannot draw {n} of {n_samples} samples")
+        raise ValueError(
+            f"cannot draw {n} of {n_samples} samples; choose 1 to {n_samples}"
+        )
 
 
 Score = Callable[[list[Dialog], list[str]], Tensor]  # prompts and answers to (B,)

@@ -91,7 +91,10 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
-            raise ValueError(f"id {wrong[0]} is beyond the {self.vocab_size} known")
+            raise ValueError(
+                f"id {wrong[0]} is beyond the {self.vocab_size} known, which are 0 to "
+                f"{self.vocab_size - 1}; decode with the tokenizer that it came from"
+            )
         return self._processor.decode(ids)
 
     def piece(self, id: int) -> str:

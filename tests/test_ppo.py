@@ -688,7 +688,7 @@ def test_answers_that_never_end_stop_the_run(folder, tmp_path):
 
 def test_minibatches_must_divide_the_batch(folder, tmp_path):
     trainer, module, data = make_training(folder, tmp_path, minibatch_size=5)
-    with pytest.raises(ValueError, match="minibatches of 5 do not divide 12"):
+    with pytest.raises(ValueError, match="a batch of 12 prompts, minibatches of 5 and"):
         trainer.fit(module, data)
 
 

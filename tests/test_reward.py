@@ -293,7 +293,7 @@ def test_saving_and_opening_changes_nothing(
     rows = tokens, lengths, torch.tensor([3, 2, 1])
     assert opened(*rows).equal(model(*rows))
     assert (tmp_path / "reward" / "tokenizer.model").is_file()
-    with pytest.raises(FileExistsError, match="replaced only by force"):
+    with pytest.raises(FileExistsError, match="force=True"):
         model.save_pretrained(tmp_path / "reward", tokenizer)
     torch.nn.init.zeros_(model.head.weight)
     model.save_pretrained(tmp_path / "reward", tokenizer, force=True)

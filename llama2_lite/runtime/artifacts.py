@@ -31,7 +31,10 @@ _SOURCES = {
 
 
 def source_hash(source: str) -> str:
-    """Hash what a Python source does: not its comments, docstrings and type hints."""
+    """Hash what a Python source does.
+
+    Comments, docstrings, type hints and what exceptions say are left out.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(
@@ -42,6 +45,8 @@ def source_hash(source: str) -> str:
             node.returns = None
         if isinstance(node, ast.arg):
             node.annotation = None
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
     return hashlib.sha256(_dump(tree).encode()).hexdigest()[:16]
 
 
@@ -60,7 +65,7 @@ def _dump(node: Any) -> str:
 
 
 def code_hash(module_names: Iterable[str]) -> str:
-    """Hash the code of modules of this package, prose and type hints left out.
+    """Hash the code of modules of this package, see `source_hash`.
 
     It is the code as it was when this process began.
 
