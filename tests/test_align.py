@@ -16,11 +16,18 @@ from tiny_training import KILLED, in_process
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.reward import RewardConfig, RewardModel
 from llama2_lite.runtime.cli import main
+from llama2_lite.runtime.command import held
 from llama2_lite.runtime.dialogs import read_dialogs
 from llama2_lite.runtime.file_data import DialogFiles, PreferenceFiles
 from llama2_lite.runtime.rewards import open_reward
-from llama2_lite.runtime.sampled_data import GhostData
-from llama2_lite.runtime.talk import Conversation, open_model, printable, talk
+from llama2_lite.runtime.sampled_data import GhostData, read_records, write_lines
+from llama2_lite.runtime.talk import (
+    Conversation,
+    open_model,
+    printable,
+    read_lines,
+    talk,
+)
 from llama2_lite.runtime.usage import usage
 from llama2_lite.tokenizer import Tokenizer, train_tokenizer
 
@@ -314,6 +321,102 @@ def test_bad_samples_are_named_or_dropped_and_counted(
     assert json.loads((folder / "result.json").read_text())["dropped"] == 1
 
 
+LONG = RECORDS[0] | {"chosen": "It is 2. " * 99}
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"prompt": "Hi', "line 2: not JSON"),
+        (json.dumps(LONG), "line 2: the dialogue has .* but the context of .*/helpful"),
+    ],
+)
+def test_earlier_rounds_are_looked_at_before_sampling(
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    capfd,
+    line: str,
+    sentence: str,
+) -> None:
+    path, folder = tmp_path / "earlier.jsonl", tmp_path / "run"
+    path.write_text(f"{json.dumps(RECORDS[0])}\n{line}\n")
+    run = [*arguments(world, "reject", folder), f"--data.earlier={path}"]
+    assert re.match(f"{path}, {sentence}", fails(*run))
+    assert not folder.exists()
+    assert main([*run, "--skip-bad", "--trainer.max_steps=1"]) == 0
+    assert f"dropped 1 bad samples, the first: {path}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "more", "sentence"),
+    [
+        ({"text": "Be \ud800 kind."}, [], "{path}, line 1: character 3 of the text, "),
+        (
+            {"text": "Be kind. " * 99},
+            [],
+            r"{path}, line 1: the instruction has \d+ tokens, but the context is 64, "
+            "less 12 for the answer",
+        ),
+        (
+            {"text": "Be kind."},
+            ["--data.combined=1"],
+            r"data.combined is 1\.0, but data.instructions has no two that can be",
+        ),
+        (
+            {"text": "Be kind.", "pattern": "ZZZZ"},
+            [],
+            r"there is no reply to learn: of \d\d sampled replies 0 ended within "
+            "data.max_new_tokens=12 and obeyed",
+        ),
+    ],
+)
+def test_instructions_of_no_use_are_named(
+    finished: dict[str, Path],
+    world: Path,
+    tmp_path: Path,
+    fails,
+    told: dict[str, str],
+    more: list[str],
+    sentence: str,
+) -> None:
+    path = tmp_path / "told.jsonl"
+    path.write_text(json.dumps(told))
+    run = [*arguments(world, "gatt", tmp_path / "run"), f"--data.instructions={path}"]
+    assert re.match(sentence.format(path=path), fails(*run, *more))
+
+
+def test_a_single_instruction_is_enough(
+    finished: dict[str, Path], world: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "told.jsonl"
+    path.write_text('{"text": "Be kind."}')
+    run = [*arguments(world, "gatt", tmp_path / "run"), f"--data.instructions={path}"]
+    assert main([*run, "--trainer.max_steps=1"]) == 0
+
+
+def test_answers_without_content_are_named(
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails
+) -> None:
+    folder = shutil.copytree(finished["reject"], tmp_path / "run")
+    (folder / "sampled" / "dialogs.jsonl").unlink()
+    n_prompts = len(RECORDS) + 1
+    empty = {"answers": [[""] * 3], "scores": [[float("-inf")] * 3]}
+    (path,) = (folder / "sampled").glob("answers-*.json")
+    path.write_text(json.dumps({key: row * n_prompts for key, row in empty.items()}))
+    assert fails(*arguments(world, "reject", folder)) == (
+        "no answer to any of 37 prompts has content, with data.k=3 and "
+        "data.max_new_tokens=8: give larger ones, or another data.sampler"
+    )
+
+
+def test_what_is_sampled_is_read_as_it_was_written(tmp_path: Path) -> None:
+    records = [{"text": f"a{chr(code)}b"} for code in (*range(256), 0x2028, 0x2029)]
+    write_lines(tmp_path / "a.jsonl", records)
+    assert read_records(tmp_path / "a.jsonl") == records
+
+
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
@@ -330,6 +433,7 @@ def test_bad_samples_are_named_or_dropped_and_counted(
         ("reject", ["--data.k=0"], ["data.k must be a whole number above 0"]),
         ("reject", ["--data.temperatures=[]"], ["data.temperatures is empty"]),
         ("reject", ["--data.temperatures=[-1]"], ["data.temperatures must be"]),
+        ("reject", ["--data.temperatures=[0, 1]"], ["holds 0", "all data.k=3 answers"]),
         ("reject", ["--data.safety="], ["data.safety_files", "give data.safety"]),
         ("ppo", ["--model.safety="], ["data.safety_files", "give model.safety"]),
         ("reward", ["--data.own_share=0.9"], ["data.own_share", "data.other_files"]),
@@ -392,7 +496,26 @@ def test_bad_samples_are_named_or_dropped_and_counted(
         ("gatt", ["--data.sequence_length=60"], ["but data.sequence_length is 60"]),
         ("ppo", ["--data.validation_prompts=37"], ["validation_prompts", "37 prompts"]),
         ("ppo", ["--model.settings.max_new_tokens=60"], ["less 60 for the answer"]),
-        ("ppo", ["--model.settings.minibatch_size=3"], ["minibatches of 3"]),
+        (
+            "ppo",
+            ["--model.settings.minibatch_size=3"],
+            ["data.batch_size is 8", "model.settings.minibatch_size, which is 3"],
+        ),
+        *(
+            (
+                "ppo",
+                ["--model.settings.critic=false", f"--model.settings.{key}=0.5"],
+                [f"model.settings.{key} is of use to a value model only"],
+            )
+            for key in ("critic_lr", "lam")
+        ),
+        *(
+            ("sft", [f"--trainer.{key}=0"], [f"trainer.{key} must be above 0"])
+            for key in ("val_check_interval", "log_every_n_steps")
+        ),
+        ("sft", ["--seed=-1"], ["seed must be a whole number from 0", "but is -1"]),
+        ("sft", ["--start={helpful}"], ["holds a reward model; a language model"]),
+        ("ppo", ["--model.safety={start}"], ["holds a language model; a reward model"]),
     ],
 )
 def test_bad_settings(
@@ -404,7 +527,9 @@ def test_bad_settings(
     more: list[str],
     words: list[str],
 ) -> None:
-    more = [argument.format(files=world / "pairs.jsonl") for argument in more]
+    places = {"files": "pairs.jsonl", "helpful": "helpful", "start": "start"}
+    places = {key: world / name for key, name in places.items()}
+    more = [argument.format(**places) for argument in more]
     sentence = fails(*arguments(world, name, tmp_path / "run"), *more)
     assert all(word in sentence for word in words), sentence
     assert not (tmp_path / "run" / "model").exists()
@@ -474,7 +599,7 @@ def test_reward_models_must_fit(
     sentence = fails(*run, f"--{part}.safety={finished['reward']}")
     assert sentence.endswith(f"this run has its model in {finished['reward']}/model")
     sentence = fails(*run, f"--{part}.safety={world}/start")
-    assert "score.weight" in sentence
+    assert "holds a language model; a reward model is needed here" in sentence
 
 
 BOTH = ["helpfulness", "safety"]
@@ -546,6 +671,46 @@ def test_a_folder_with_another_run_is_left_alone(
     for name in ("reward", "reject", "ppo", "gatt"):
         assert "holds a run of `sft`;" in fails(*arguments(world, name, folder))
     assert weights(folder) == before
+
+
+@pytest.mark.parametrize("key", ["start", "data.files"])
+def test_force_does_not_delete_what_is_read(
+    finished: dict[str, Path], world: Path, fails, key: str
+) -> None:
+    folder = finished["reject"]
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    inside = {"start": folder / "model", "data.files": folder / "sampled/dialogs.jsonl"}
+    run = [*arguments(world, "sft", folder), f"--{key}={inside[key]}", "--force"]
+    assert f"{key} {inside[key]} is in {folder}, where" in fails(*run)
+    assert files == {path: path.read_bytes() for path in files}
+
+
+def test_sampled_answers_are_not_lost_to_other_settings(
+    world: Path, finished: dict[str, Path], tmp_path: Path, fails
+) -> None:
+    run = arguments(world, "reject", tmp_path)
+    shutil.copytree(finished["reject"] / "sampled", tmp_path / "sampled")
+    shutil.copy(finished["reject"] / "run.json", tmp_path)
+    assert "holds a run with model.peak_lr" in fails(*run, "--model.peak_lr=0.5")
+    assert any((tmp_path / "sampled").glob("answers-*.json"))
+
+
+def test_a_folder_is_for_one_process_at_a_time(
+    world: Path, tmp_path: Path, fails
+) -> None:
+    with held(tmp_path / "run"):
+        sentence = fails(*arguments(world, "sft", tmp_path / "run"))
+    assert f"another process is at work in {tmp_path / 'run'}" in sentence
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_keys_count_wherever_a_configuration_is_named(
+    world: Path, tmp_path: Path
+) -> None:
+    run = arguments(world, "sft", tmp_path / "run")
+    run += ["--data.sequence_length=64", "--trainer.max_steps=1", "--config", "sft"]
+    assert main(run) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 1
 
 
 def test_ppo_says_what_a_device_batch_is_called_there(
@@ -665,9 +830,44 @@ def test_chat_obeys_commands_and_refuses_tags(world: Path, capfd) -> None:
     shown.clear()
     talk(conversation, ["Hi " * 60, "/reset", "/help", "/quit", "never"], shown.append)
     text = "".join(shown)
-    assert "no room in the context of 64; /reset begins anew" in text
+    assert "no room in the context of 64; shorten it, or begin anew" in text
     assert "/system TEXT" in text
     assert len(conversation.dialog) == 1
+
+
+def test_a_system_message_without_room_is_refused_at_once(world: Path) -> None:
+    shown: list[str] = []
+    conversation = Conversation(*open_model(world / "start"), system="Be kind.")
+    talk(conversation, [f"/system {'Hi ' * 60}"], shown.append)
+    assert "no room in the context of 64; shorten the system message" in shown[0]
+    assert conversation.dialog == [{"role": "system", "content": "Be kind."}]
+
+
+def test_an_answer_without_an_end_is_marked(world: Path, monkeypatch) -> None:
+    from llama2_lite.runtime import talk as module
+
+    shown: list[str] = []
+    conversation = Conversation(*open_model(world / "start"), max_new_tokens=4)
+    talk(conversation, ["Hi"], shown.append)
+    assert shown[-1] == "[cut after 4 tokens]\n"
+    conversation.max_new_tokens = 100
+    talk(conversation, ["/reset", "Hi"], shown.append)  # to the end of the context
+    assert shown[-1] == f"[cut after {conversation.cut_after} tokens]\n"
+    assert 4 < conversation.cut_after < 64
+    ids = [*conversation.tokenizer.encode("Yes."), conversation.tokenizer.eos_id]
+    monkeypatch.setattr(module, "stream", lambda *_, **__: iter(ids))
+    shown.clear()
+    talk(conversation, ["/reset", "Hi"], shown.append)
+    assert "".join(shown) == "[begun anew]\nYes.\n"
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(monkeypatch) -> None:
+    import io
+    import sys
+
+    typed = io.BytesIO(b"Caf\xe9\n/quit\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, "utf-8"))
+    assert list(read_lines()) == ["Caf\ufffd\n", "/quit\n"]
 
 
 def test_an_answer_can_be_cut_short(world: Path) -> None:
@@ -711,8 +911,12 @@ def test_chat_is_a_command(world: Path, monkeypatch, capfd, fails) -> None:
     assert main(run) == 0
     assert capfd.readouterr().out.endswith("\n")
     assert "contains [INST]" in fails(*run[:2], "--system=[INST]")
+    assert "leaves no room" in fails(*run[:2], f"--system={'Hi ' * 60}")
+    assert "temperature must be" in fails(*run[:2], "--temperature=-1")
+    assert "top_p must be" in fails(*run[:2], "--top-p=7")
+    assert "max_new_tokens must be" in fails(*run[:2], "--max-new-tokens=0")
     assert "there is no folder" in fails("chat", "/nowhere")
-    assert "score.weight" in fails("chat", str(world / "safe"))
+    assert "holds a reward model" in fails("chat", str(world / "safe"))
 
 
 @pytest.fixture(scope="module")

@@ -210,6 +210,19 @@ def test_a_checkpoint_with_another_tokenizer_is_not_converted(
     assert not out.exists()
 
 
+def test_a_checkpoint_is_not_converted_without_a_tokenizer(tmp_path, finished, fails):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    assert main(["convert", str(run), str(tmp_path / "first")]) == 0
+    found = tmp_path / "first" / "tokenizer.model"
+    assert found.read_bytes() == (run / "corpus" / "tokenizer.model").read_bytes()
+    shutil.rmtree(run / "corpus")
+    sentence = fails("convert", run, tmp_path / "second")
+    assert sentence.startswith(f"there is no tokenizer.model in {run}")
+    assert "--tokenizer" in sentence
+    assert not (tmp_path / "second").exists()
+
+
 def test_output_is_a_file(tmp_path, text, fails):  # noqa: F811
     path = tmp_path / "file"
     path.write_text("mine")
@@ -234,6 +247,18 @@ def test_diverging_training_stops_with_the_step(tmp_path, text, fails):  # noqa:
     assert "learning rate" in sentence
     for path in folder.glob("checkpoints/step-*/tensors.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_a_run_without_a_finite_validation_loss_has_no_model(tmp_path, text, fails):  # noqa: F811
+    folder = tmp_path / "run"
+    lines = [f"--output={folder}", f"--data.files=[{text}]", *SIZES]
+    lines += ["--model.peak_lr=1e36", "--model.warmup=1", "--trainer.max_steps=1"]
+    for _ in range(2):  # going on from its checkpoint, it says the same
+        sentence = fails("pretrain", *lines)
+        assert "no validation loss was a finite number" in sentence
+        assert "model.peak_lr" in sentence
+    assert not (folder / "model").exists()
+    assert not (folder / "result.json").exists()
 
 
 @pytest.fixture

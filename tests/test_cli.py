@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -147,9 +148,7 @@ def test_the_stored_configuration_gives_the_same_model(text, run_folder, tmp_pat
 
 def test_a_shipped_configuration_and_overrides_are_printed(capsys):
     arguments = ["--config", "text", "--model.peak_lr", "0.5", "--print_config"]
-    with pytest.raises(SystemExit) as stop:
-        main(["pretrain", *arguments])
-    assert stop.value.code == 0
+    assert main(["pretrain", *arguments]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["peak_lr"] == 0.5
     assert printed["model"]["config"]["dim"] == 256
@@ -329,6 +328,57 @@ def test_a_lost_process_is_one_line_also_where_lightning_has_tidied_up(
         monkeypatch.delenv(name, raising=False)
     assert main(["tour"]) == 2
     assert "process 0 has lost another process" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unread():
+    """The end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def command_into(out, err, *arguments):
+    """Run the command with streams of one's own, buffered as they are by default."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    run = [sys.executable, "-m", "llama2_lite.runtime.cli", *arguments]
+    return subprocess.run(
+        run, stdout=out, stderr=err, text=True, timeout=120, env=env, check=False
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--model=7b"]])
+def test_output_that_nobody_reads_is_no_error(arguments, unread):
+    done = command_into(unread, subprocess.PIPE, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--model=7b"]])
+def test_output_that_cannot_be_written_is_an_error(arguments):
+    if not (disk := Path("/dev/full")).exists():
+        pytest.skip("this system has no /dev/full")
+    with disk.open("w") as full:
+        done = command_into(full, subprocess.PIPE, *arguments)
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output: No space left on device\n"
+
+
+def test_a_training_goes_on_when_nobody_reads(text, run_folder, tmp_path, unread):
+    folder = tmp_path / "run"
+    run = ["pretrain", f"--output={folder}", f"--data.files={text}", *SIZES]
+    assert command_into(unread, unread, *run).returncode == 0
+    name = "model/model.safetensors"
+    assert (folder / name).read_bytes() == (run_folder / name).read_bytes()
+    assert (folder / "result.json").is_file()
+
+
+def test_closed_streams_are_empty(run_folder):
+    chat = f"-m llama2_lite.runtime.cli chat {run_folder / 'model'}"
+    for closed in ("<&-", "<&- 2>&-", "<&- >&- 2>&-"):
+        run = ["sh", "-c", f"{sys.executable} {chat} {closed}"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_unexpected_errors_are_one_line_too(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Dialogues, preference pairs and prompts from files, in all the published layouts."""
 
+import codecs
 import gzip
 import json
 import lzma
@@ -220,12 +221,15 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_bytes(lines)
     (tmp_path / "f.json").write_text(json.dumps(records))
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "g.parquet")
+    for name in ("a.jsonl", "d.json", "e.json"):  # as Windows saves them
+        marked = codecs.BOM_UTF8 + (tmp_path / name).read_bytes()
+        (tmp_path / f"marked-{name}").write_bytes(marked)
     one = read_dialogs([str(tmp_path / "a.jsonl")]).items
     assert len(one) == 2
     for path in tmp_path.iterdir():
         assert read_dialogs([str(path)]).items == one, path
     assert (
-        read_dialogs([str(tmp_path / "*"), str(tmp_path / "a.jsonl")]).items == one * 7
+        read_dialogs([str(tmp_path / "*"), str(tmp_path / "a.jsonl")]).items == one * 10
     )
 
 
@@ -417,6 +421,24 @@ def test_rows_of_parquet_are_named(tmp_path: Path) -> None:
         read_dialogs([path])
 
 
+def test_values_that_python_cannot_hold_are_dropped_if_asked(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    table = pa.Table.from_pylist([ALPACA] * 3)
+    years = pa.array([0, 2**62, 0], pa.timestamp("us"))
+    pq.write_table(table.append_column("when", years), path)
+    assert len(read_dialogs([path]).items) == 3  # no layout has dates
+    pq.write_table(
+        table.append_column("n", pa.StructArray.from_arrays([years], ["w"])), path
+    )
+    with pytest.raises(
+        ValueError, match="row 1: the field 'n' cannot be read: date val"
+    ):
+        read_dialogs([path])
+    read = read_dialogs([path], skip_bad=True)
+    assert len(read.items) == 2
+    assert len(read.bad) == 1
+
+
 def test_too_long_for_the_context(tmp_path: Path) -> None:
     texts = [f"{i} and {j} make {i + j}." for i in range(9) for j in range(9)]
     tokenizer = train_tokenizer(texts, tmp_path / "tokenizer.model", 280)
@@ -431,6 +453,9 @@ def test_too_long_for_the_context(tmp_path: Path) -> None:
     assert len(read_preferences([path], limit=limit, skip_bad=True).items) == 1
 
 
+LONG = b"1" * 5000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
@@ -441,6 +466,8 @@ def test_too_long_for_the_context(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": "x"},', "line 1: not JSON"),
         ("a.json", b'[{"prompt": "x"}, 3]', "line 1: not a JSON object"),
         ("a.json", b'[{"prompt": "\xe9"}]', "is not UTF-8 at byte 13"),
+        ("a.json", b'[{"prompt": "x"},\n{"n": %s}]' % LONG, "line 2: a number has"),
+        ("a.jsonl", b'{"n": %s}' % LONG, "line 1: a number has too many digits"),
         ("a.jsonl.gz", b"PK", "is not a whole gzip file"),
         ("a.jsonl.xz", b"PK", "is not a whole xz file"),
         ("a.parquet", b"PK", "is not a Parquet file"),

@@ -1,10 +1,12 @@
 """Reading documents from files, and what files that are none get to hear."""
 
+import codecs
 import gzip
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,6 +41,14 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert read(tmp_path / "*") == ["A play.\n\nIts end.\n", *texts * 3]
 
 
+def test_the_mark_that_windows_writes_is_no_text(tmp_path: Path) -> None:
+    lines = as_jsonl(["naïve", "\ufeffx"])
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"A play.")
+    (tmp_path / "b.jsonl").write_bytes(codecs.BOM_UTF8 + lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + lines))
+    assert read(tmp_path / "*") == ["A play.", *["naïve", "\ufeffx"] * 2]
+
+
 def test_order_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for name in ("b.txt", "a.txt", "deep/c.txt", "deep/er/d.txt", "odd [1].txt"):
@@ -58,6 +68,7 @@ def test_text_files_are_read_in_pieces(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(text.encode())
+    text = text.removeprefix("\ufeff")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "BLOCK_BYTES", 3)
         patch.setattr(documents, "DOCUMENT_CHARACTERS", 5)
@@ -102,6 +113,10 @@ def test_a_long_text_is_cut_at_line_ends(
         ("a.jsonl", b'{"text": null}', "line 1: the field 'text' is not a string"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8 at byte 10"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"n": %s}' % (b"1" * 5000), "a.jsonl, line 1: a number has too"),
+        ("a.txt", codecs.BOM_UTF8 + b"\n", "a.txt is empty"),
+        ("a.txt", codecs.BOM_UTF8 + b"good\xff", "a.txt is not UTF-8 at byte 7"),
+        ("a.txt", codecs.BOM_UTF8[:2], "a.txt is not UTF-8 at byte 0"),
         ("a.jsonl.gz", b"plain text", "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", CUT_SHORT, "not a whole gzip"),
         ("a.parquet", b"PAR1 but no more", "a.parquet is not a Parquet file"),
@@ -132,16 +147,52 @@ def test_bad_tables(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no column 'text', only body, n"):
         read(path)
     assert read(path, text_field="body") == ["x"]
-    with pytest.raises(ValueError, match=r"a\.parquet, row 0: 'n' is not a string"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 0: the field 'n' is not a"):
         read(path, text_field="n")
     pq.write_table(pa.table({"text": ["x"] * 1500 + [None]}), path)
     with pytest.raises(
-        ValueError, match=r"a\.parquet, row 1500: 'text' is not a string"
+        ValueError, match=r"a\.parquet, row 1500: the field 'text' is not a string"
     ):
         read(path)
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     with pytest.raises(ValueError, match=r"a\.parquet is empty"):
         read(path)
+
+
+def test_damaged_tables(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"text {i}" for i in range(1500)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1200)
+    whole = path.read_bytes()
+    second = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+    for first, row in {second: 1024, len(whole) - 100: 0, len(whole) - 4: 0}.items():
+        path.write_bytes(whole[:first] + b"\xff" * 4 + whole[first + 4 :])
+        sentence = f"{path} is not a Parquet file, or damaged from row {row} on ("
+        with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    ends, letters = np.array([0, 1, 5], "int32"), b"xcaf\xe9"
+    latin = [None, pa.py_buffer(ends), pa.py_buffer(letters)]
+    texts = pa.Array.from_buffers(pa.string(), 2, latin)
+    years = pa.array([0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"text": texts, "when": years}), path)
+    with pytest.raises(
+        ValueError, match=r"row 1: the field 'text' cannot be read: 'ut"
+    ):
+        read(path)
+    with pytest.raises(ValueError, match="row 0: the field 'when' is not a string"):
+        read(path, text_field="when")
+    (_, first), (_, second) = documents.parquet_rows(path)
+    assert first() == {"text": "x"}  # without the date
+    with pytest.raises(ValueError, match="the field 'text' cannot be read"):
+        second()
+    (_, second) = documents.parquet_rows(path, "when")
+    with pytest.raises(ValueError, match="the field 'when' cannot be read: date value"):
+        second[1]()
 
 
 @pytest.mark.parametrize("pattern", ["none.txt", "*.txt", "**/*.jsonl", ""])

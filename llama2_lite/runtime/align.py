@@ -109,7 +109,7 @@ class AlignmentCommand(TrainingCommand):
         return {
             **self.datamodule.counts,
             "dropped": len(self.datamodule.bad),
-            "steps": self.trainer.max_steps,
+            "steps": self.trainer.global_step,
             "best_step": best.best_step,
             "validation_loss": best.best_loss,
         }
@@ -253,7 +253,6 @@ class RewardedPPO(PPOModule):
         seed: int = 0,
         rollout: Literal["copy", "unshard"] = "copy",
     ):
-        check_ranges("model.settings", vars(settings))
         super().__init__(folder, self.no_reward, settings, seed)
         self.rollout = rollout
         self.reward_folders = check_reward_models(helpfulness, safety, folder)
@@ -317,6 +316,19 @@ class PPOCommand(AlignmentCommand):
         super().before_instantiate_classes()
         model, files = self.config.model, self.config.data.safety_files
         check_gate(files, model.helpfulness, model.safety, "model.safety")
+        settings, size = model.settings, self.config.data.batch_size
+        check_ranges("model.settings", vars(settings))
+        if size % settings.minibatch_size:
+            raise ValueError(
+                f"data.batch_size is {size}, but must be a multiple of "
+                f"model.settings.minibatch_size, which is {settings.minibatch_size}"
+            )
+        for key in ("critic_lr", "lam"):
+            if not settings.critic and settings[key] != getattr(SETTINGS, key):
+                raise ValueError(
+                    f"model.settings.{key} is of use to a value model only, and "
+                    "model.settings.critic is false"
+                )
         if self.config.device_batch is not None:
             raise ValueError(
                 "ppo has no --device_batch: model.settings.minibatch_size says from "

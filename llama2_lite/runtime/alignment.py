@@ -42,7 +42,7 @@ from llama2_lite.reward import (
     score_pairs,
     written_preferences,
 )
-from llama2_lite.runtime.artifacts import Artifact, artifact, write_json
+from llama2_lite.runtime.artifacts import RECORD, Artifact, artifact, write_json
 from llama2_lite.runtime.batches import Rows, Served
 from llama2_lite.runtime.configs import read_recipe
 from llama2_lite.runtime.gains import print_gains
@@ -195,6 +195,10 @@ class AlignmentRecipe:
             ValueError: if it is not YAML, or a key is missing or unknown.
         """
         return read_recipe(cls, "alignment", path)
+
+    def context(self) -> int:
+        """Tokens that the base model must be able to read for these stages."""
+        return max(CONTEXT, *(length for _, length, _ in self.chat.lengths))
 
 
 class AlignmentStages:
@@ -654,15 +658,40 @@ def finish_tour(
     """
     stages = Stages(folder, Recipe.read(base_recipe), seed)
     alignment = AlignmentStages(stages, AlignmentRecipe.read(), seed)
-    path = alignment.judgement().path / "stages.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    seconds = {name: read_seconds(stages.folder / name) for name in STAGES}
-    report = json.loads((stages.folder / "report.json").read_text("utf-8"))
-    report["minutes"] |= {name: value / 60 for name, value in seconds.items()}
-    report |= found
-    write_json(stages.folder / "report.json", report)
+    alignment.judgement()
+    report, seconds = note_gains(stages.folder)
     print_gains(report, seconds)
     return report
+
+
+def note_gains(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """Add to ``report.json`` what the stages after the base model won and took."""
+    found = json.loads((folder / "judgement" / "stages.json").read_text("utf-8"))
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+    made = [name for name in STAGES if (folder / name).is_dir()]
+    seconds = {name: read_seconds(folder / name) for name in made}
+    report["minutes"] |= {name: value / 60 for name, value in seconds.items()}
+    report |= found
+    write_json(folder / "report.json", report)
+    return report, seconds
+
+
+def keep_gains(folder: str | Path) -> None:
+    """The same, if there is a judgement, and it is of the base model that is there.
+
+    `tour` has written a report of the base model alone.
+    """
+    folder = Path(folder)
+    try:
+        base, judgement = (
+            json.loads((folder / name / RECORD).read_text("utf-8"))
+            for name in ("base", "judgement")
+        )
+        is_of_this = judgement["inputs"]["base"] == base["key"]
+    except (OSError, ValueError, KeyError):  # nothing was judged, or it is broken
+        return
+    if is_of_this:
+        note_gains(folder)
 
 
 def aligned(

@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -116,7 +116,7 @@ def add_plan(commands: Any) -> None:
     add("--device-batch", type=int, default=1, metavar="N", help="windows at a time")
     add("--batch-tokens", default="4M", metavar="N", help="M: 2^20 (%(default)s)")
     add("--tokens", default="2T", metavar="N", help="in all; T: 10^12 (%(default)s)")
-    add("--mfu", type=float, default=0.4, metavar="X", help="0 to 1 (%(default)s)")
+    add("--mfu", type=float, metavar="X", help="0 to 1 (0.4)")
     add("--gpu-hours", type=float, metavar="X", help="in place of --mfu")
     add("--watts", type=float, metavar="X", help="of a GPU (the most it draws)")
 
@@ -125,26 +125,91 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, also if a signal stopped a command that can be continued; 2 if what was
-        asked for makes no sense, 1 if something else went wrong.
+        0, also if a signal stopped a command that can be continued, or if nobody reads
+        the output any more; 2 if what was asked for makes no sense, 1 if something else
+        went wrong.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     is_kept = bool({"tour", *SUMMARIES} & set(arguments[:1]))
+    open_streams()
+    # what takes hours goes on when nobody reads; what only prints has no more to do
+    out: Any = Unheard(sys.stdout, BrokenPipeError) if is_kept else sys.stdout
+    err: Any = Unheard(sys.stderr, OSError)  # where else could it be said?
+    with redirect_stdout(out), redirect_stderr(err):
+        return write_out(attempt(arguments, is_kept))
+
+
+def attempt(arguments: list[str], is_kept: bool) -> int:
+    """Run a command, report what went wrong, and return the exit code."""
     try:
         with watch_signals() if is_kept else nullcontext():
             run_command(arguments)
+    except SystemExit as stop:  # such as after --print_config
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         return report_stop(is_kept)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not is_kept:  # nobody reads it
+            return 0
         if isinstance(error, RuntimeError) and Watch.signal:  # others are gone already
             return report_stop(is_kept)
         return report(error)
     return 0
+
+
+class Unheard:
+    """A stream whose errors do not matter: after the first, it leads nowhere.
+
+    Args:
+        stream: where to write.
+        errors: what may happen.
+    """
+
+    def __init__(self, stream: Any, errors: type[OSError]):
+        self.stream, self.errors = stream, errors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if somebody takes it."""
+        try:
+            self.stream.write(text)
+        except self.errors:
+            mute(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is left, if somebody takes it."""
+        try:
+            self.stream.flush()
+        except self.errors:
+            mute(self.stream)
+
+
+def mute(stream: Any) -> None:
+    """Lead a stream nowhere, so that Python, at exit, does not try to write again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_streams() -> None:
+    """Lead the standard streams that are closed nowhere: libraries count on them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def write_out(code: int) -> int:
+    """Write the rest of the output; return the exit code, another if that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        mute(sys.stdout)
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            return report(OSError(error.errno, error.strerror, "standard output"))
+    return code
 
 
 def report_stop(is_kept: bool) -> int:
@@ -255,8 +320,16 @@ def run_training(name: str, arguments: list[str]) -> None:
 def run_tour(options: argparse.Namespace) -> None:
     """Build the stages of the tour and print their table."""
     _say_loading()
+    from llama2_lite.runtime.alignment import (
+        CONTEXT,
+        AlignmentRecipe,
+        finish_tour,
+        keep_gains,
+    )
     from llama2_lite.runtime.tour import tour
+    from llama2_lite.runtime.tour_checks import check_tour
 
+    where = options.folder, options.seed, options.config
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, but is {options.rounds}")
     if options.rounds is None and options.rounds_config is not None:
@@ -267,16 +340,20 @@ def run_tour(options: argparse.Namespace) -> None:
 
         # a mistake in it is not to be found after minutes of training
         recipe = RoundsRecipe.read(options.rounds_config)
-        tour(options.folder, seed=options.seed, recipe=options.config)
+        check_tour(*where, CONTEXT)
+        tour(*where)
+        keep_gains(options.folder)
         tour_rounds(
             options.folder, options.rounds, options.seed, options.config, recipe
         )
-        return
-    tour(options.folder, seed=options.seed, recipe=options.config)
-    if not options.base_only:
-        from llama2_lite.runtime.alignment import finish_tour
-
-        finish_tour(options.folder, options.seed, options.config)
+    elif options.base_only:
+        check_tour(*where)
+        tour(*where)
+        keep_gains(options.folder)
+    else:
+        check_tour(*where, AlignmentRecipe.read().context())
+        tour(*where)
+        finish_tour(*where)
 
 
 def run_convert(options: argparse.Namespace) -> None:

@@ -1,7 +1,11 @@
 """What the training commands share: their command line and the folder of a run."""
 
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from llama2_lite.pretraining import best_precision
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.configs import (
+    Seed,
     check_ranges,
     explain,
     find_config,
@@ -80,7 +85,7 @@ class TrainingCommand(LightningCLI):
         """What belongs to no class."""
         add, output = parser.add_argument, f"runs/{self.name}"
         add("--output", type=Path, default=output, help="Folder of the run.")
-        add("--seed", type=int, default=0, help="Of the weights and the data.")
+        add("--seed", type=Seed, default=0, help="Of the weights and the data.")
         add("--checkpoint_every", type=int, default=500, help="Steps between them.")
         add("--keep_checkpoints", type=int, default=2, help="How many stay.")
         add("--force", action="store_true", help="Delete another run that is there.")
@@ -103,6 +108,7 @@ class TrainingCommand(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose what the configuration leaves open, and refuse what makes no sense."""
         check_ranges("model", vars(self.config.model))
+        check_ranges("trainer", vars(self.config.trainer))
         if self.config.trainer.precision is None:
             self.config.trainer.precision = best_precision()
 
@@ -163,15 +169,23 @@ class TrainingCommand(LightningCLI):
     def run(self) -> None:
         """Train as the arguments say, or go on with what they began."""
         Watch.seconds = self.config.stop_within
-        folder = Path(self.config.output)
-        if self.trainer.is_global_zero:
-            claim_folder(folder, self.describe(), self.config.force)
-            (folder / "config.yaml").write_text(self.parser.dump(self.config), "utf-8")
-            for path in folder.glob(".model.*"):  # models that a kill cut short
-                shutil.rmtree(path, ignore_errors=True)
-        fit(self.trainer, self.model, self.datamodule, folder, self.console.print)
-        if self.trainer.is_global_zero:
-            self.finish(folder)
+        folder, is_first = Path(self.config.output), self.trainer.is_global_zero
+        wanted = self.describe() if is_first else {}
+        with held(folder) if is_first else nullcontext():
+            if is_first:
+                self.claim(folder, wanted)
+            fit(self.trainer, self.model, self.datamodule, folder, self.console.print)
+            if is_first:
+                self.finish(folder)
+
+    def claim(self, folder: Path, wanted: dict[str, Any]) -> None:
+        """Make the folder that of this run, and note there what it does."""
+        dumped = self.parser.dump(self.config)
+        inputs = flatten(yaml.safe_load(dumped))
+        claim_folder(folder, wanted, self.config.force, inputs)
+        (folder / "config.yaml").write_text(dumped, "utf-8")
+        for path in folder.glob(".model.*"):  # models that a kill cut short
+            shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, folder: Path) -> None:
         """Measure the result, show it, and write it to ``result.json``."""
@@ -200,19 +214,22 @@ def as_texts(key: str, value: str | list[str]) -> list[str]:
 
 
 def with_config_paths(arguments: list[str]) -> list[str]:
-    """Arguments in which each ``--config NAME`` is a path to a readable file."""
-    found: list[str] = []
-    previous = ""
-    for argument in arguments:
-        if previous in ("--config", "-c"):
-            argument = str(find_config(argument))
-            read_yaml(argument)  # for the sake of its errors
-        elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.partition('=')[2])}"
-            read_yaml(argument.partition("=")[2])
-        found.append(argument)
-        previous = argument
-    return found
+    """Arguments with each ``--config NAME`` as a path to a readable file, in front.
+
+    So a key on the command line counts, wherever it stands.
+    """
+    configs: list[str] = []
+    others: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        key, equals, name = argument.partition("=")
+        if key not in ("--config", "-c") or not (equals or (name := next(left, ""))):
+            others.append(argument)
+            continue
+        path = find_config(name)
+        read_yaml(path)  # for the sake of its errors
+        configs.append(f"--config={path}")
+    return configs + others
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -226,15 +243,46 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
-    """Make sure that a folder is empty or holds this very run.
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go when this process ends.
 
     Raises:
-        FileExistsError: if it holds anything else and ``force`` is not given.
+        FileExistsError: if another process holds it, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is at work in {folder}; wait for it, or choose "
+                "another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(opened)
+
+
+def claim_folder(
+    folder: Path, wanted: dict[str, Any], force: bool, inputs: Mapping[str, Any]
+) -> None:
+    """Make sure that a folder is empty or holds this very run.
+
+    Args:
+        wanted: what decides the result of the run.
+        force: whether another run in the folder is deleted.
+        inputs: configuration by key; what it names is not deleted.
+
+    Raises:
+        FileExistsError: if it holds anything else and ``force`` is not given.
+        ValueError: if one of the inputs would be deleted.
+    """
     for name in ("run.json", "result.json"):  # a kill cut their writing short
         for path in folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
@@ -243,8 +291,8 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
     except (OSError, ValueError):
         found = None
     checkpoints = (folder / "checkpoints").glob("step-*")
-    results = (folder / name for name in ("model", "result.json"))
-    has_progress = any(checkpoints) or any(path.exists() for path in results)
+    made = ("model", "result.json", "sampled")
+    has_progress = any(checkpoints) or any((folder / name).exists() for name in made)
     if found is None and any(folder.iterdir()) and not force:
         raise FileExistsError(
             f"{folder} exists and holds other things; choose another --output, or "
@@ -262,7 +310,25 @@ def claim_folder(folder: Path, wanted: dict[str, Any], force: bool) -> None:
             "delete it and start anew"
         )
     if found != wanted:
+        keep_inputs(folder, inputs)
         for name in OWN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_json(folder / "run.json", wanted)
+
+
+def keep_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to delete what a run is to read.
+
+    Raises:
+        ValueError: if an input lies in what belongs to a run in the folder.
+    """
+    own = [(folder / name).resolve() for name in OWN]
+    for key, value in inputs.items():
+        for name in as_list(value):
+            path = Path(name).resolve() if isinstance(name, str) else folder.resolve()
+            if any(path.is_relative_to(one) for one in own):
+                raise ValueError(
+                    f"{key} {name} is in {folder}, where another run is to be deleted; "
+                    "choose another --output"
+                )

@@ -101,6 +101,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
 ABOVE_0 = (
     *("lr", "peak_lr", "critic_lr", "clip", "clip_norm"),
     *("minibatch_size", "max_new_tokens"),
+    *("val_check_interval", "log_every_n_steps"),
 )
 FROM_0 = (
     *("warmup", "weight_decay", "kl_weight", "cut_penalty"),
@@ -120,6 +121,8 @@ def check_ranges(group: str, values: Mapping[str, Any]) -> None:
         ValueError: if there is such a number; the sentence names its key.
     """
     for name, value in values.items():
+        if value is None:
+            continue
         if name in ABOVE_0 and not value > 0:
             what = "above 0"
         elif name in FROM_0 and not value >= 0:
@@ -132,6 +135,7 @@ def check_ranges(group: str, values: Mapping[str, Any]) -> None:
 
 
 Epochs = restricted_number_type("Epochs", float, [(">", 0), ("<", inf)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -140,6 +144,7 @@ KINDS = {
     "PositiveInt": "a whole number above 0",
     "PositiveFloat": "a number above 0",
     "Epochs": "a finite number above 0",
+    "Seed": "a whole number from 0 to 4,294,967,295",
     "NonNegativeFloat": "a number that is not negative",
     "ClosedUnitInterval": "a number from 0 to 1",
 }

@@ -95,34 +95,48 @@ def convert(
     Args:
         source: the folder of the checkpoint or of the run.
         folder: new or empty.
-        tokenizer: a tokenizer.model; that of the run's best model if left out.
+        tokenizer: a tokenizer.model; that of the run if left out.
 
     Returns:
         The checkpoint.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: if there is no checkpoint, the
-            folder is in use, or the checkpoint is damaged.
+        FileNotFoundError, FileExistsError, ValueError: if there is no checkpoint or no
+            tokenizer, the folder is in use, or the checkpoint is damaged.
     """
     path = find_checkpoint(Path(source))
     state = json.loads((path / STATE).read_text("utf-8"))
     if "model" not in state:
         raise ValueError(f"the checkpoint {path} does not say what kind of model it is")
-    beside_best = path.parent.parent / "model" / "tokenizer.model"
-    vocabulary = Path(tokenizer) if tokenizer is not None else beside_best
-    if tokenizer is not None and not vocabulary.is_file():
-        raise FileNotFoundError(f"there is no tokenizer {vocabulary}")
-    found = Tokenizer(vocabulary) if vocabulary.is_file() else None
+    run = path.parent.parent
+    vocabulary = find_tokenizer(run) if tokenizer is None else Path(tokenizer)
+    found = Tokenizer(vocabulary)
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; choose another")
     n_pieces = state["model"]["config"]["vocab_size"]
-    if found is not None and found.vocab_size != n_pieces:
+    if found.vocab_size != n_pieces:
         raise ValueError(
             f"{vocabulary} has {found.vocab_size} pieces, but the model of {path} has "
             f"a vocabulary of {n_pieces}; give the --tokenizer it was trained with"
         )
     assemble(state["model"], path, PREFIX).save_pretrained(folder, found)
     return path
+
+
+def find_tokenizer(run: Path) -> Path:
+    """The tokenizer in the folder of a run, beside its best model or its text.
+
+    Raises:
+        FileNotFoundError: if there is none. The model that a run began with may have
+            changed since, so its tokenizer is not taken unasked.
+    """
+    for folder in (run / "model", run, run / "corpus"):
+        if (path := folder / "tokenizer.model").is_file():
+            return path
+    raise FileNotFoundError(
+        f"there is no tokenizer.model in {run}, nor in its model or corpus folder; "
+        "give the --tokenizer of the training, such as that of its --start"
+    )
 
 
 def find_checkpoint(source: Path) -> Path:

@@ -17,6 +17,7 @@ Each record says by its fields what layout it has:
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from typing import Any, Generic, TypeVar
 
 from llama2_lite.chat import Dialog, Message, check_dialog, encode_dialog
 from llama2_lite.runtime.documents import (
+    LONG_NUMBER,
+    Place,
+    Record,
     json_lines,
     json_object,
     matching_files,
@@ -37,8 +41,6 @@ from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import LEVELS, SAFETY_BINS, Preference
 
 T = TypeVar("T")
-Record = dict[str, Any]
-Place = tuple[str, Callable[[], Record]]  # where a record is, and how to read it
 AXES = ("helpfulness", "safety")
 
 
@@ -279,13 +281,17 @@ def _files(patterns: list[str]) -> list[Path]:
 def _places(path: Path) -> Iterator[Place]:
     """Where each record of a file is, and how to read it."""
     if path.suffix == ".parquet":
-        for where, row in parquet_rows(path):
-            yield where, partial(dict, row)
-    elif path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
+        yield from parquet_rows(path)
+    elif path.suffix == ".json" and _is_array(path):
         yield from _array_places(path)
     else:
         for where, line in json_lines(path):
             yield where, partial(json_object, line)
+
+
+def _is_array(path: Path) -> bool:
+    """Whether the first thing in a file of JSON is the bracket of a list."""
+    return path.read_bytes().removeprefix(BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _array_places(path: Path) -> Iterator[Place]:
@@ -306,6 +312,8 @@ def _array_places(path: Path) -> Iterator[Place]:
             member, end = decoder.raw_decode(text, start)
         except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"{where} not JSON") from None
+        except ValueError:
+            raise ValueError(f"{where} {LONG_NUMBER}") from None
         position = BLANK.match(text, end).end()  # type: ignore[union-attr]
         if text[position : position + 1] not in (",", "]"):
             raise ValueError(f"{where} neither a comma nor the end of the list follows")

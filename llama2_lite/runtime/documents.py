@@ -4,14 +4,21 @@ import codecs
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+Record = dict[str, Any]
+Place = tuple[str, Callable[[], Record]]  # where a record is, and how to read it
+
 BLOCK_BYTES = 2**20
 DOCUMENT_CHARACTERS = 2**21  # a longer text file becomes several documents
+# what Python still refuses where the text is JSON
+LONG_NUMBER = "a number has too many digits; write it as a string"
 
 
 def read_documents(patterns: Iterable[str], text_field: str = "text") -> Iterator[str]:
@@ -86,6 +93,8 @@ def _decode(path: Path) -> Iterator[str]:
     """The text of a file block by block, or where it is none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # Windows writes it
+            file.seek(0)
         while True:
             undecoded = decoder.getstate()[0]  # the start of a character cut in two
             start = file.tell() - len(undecoded)
@@ -109,7 +118,7 @@ def _decode(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """The field of every line that is not blank."""
     for where, line in json_lines(path):
-        yield _field(line, text_field, where)
+        yield _field(partial(json_object, line), text_field, where)
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -119,6 +128,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     with openers.get(path.suffix, Path.open)(path, "rb") as file:
         try:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield f"{path}, line {number}:", line
                     is_empty = False
@@ -129,7 +140,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{path} is empty; leave it out")
 
 
-def json_object(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes) -> Record:
     """The object in one line of JSON."""
     try:
         record = json.loads(line.decode())
@@ -137,15 +148,17 @@ def json_object(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except (json.JSONDecodeError, RecursionError):
         raise ValueError("not JSON; each line must be one object") from None
+    except ValueError:
+        raise ValueError(LONG_NUMBER) from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return record
 
 
-def _field(line: bytes, text_field: str, where: str) -> str:
-    """The text in one line of JSON."""
+def _field(load: Callable[[], Record], text_field: str, where: str) -> str:
+    """The text in one record."""
     try:
-        record = json_object(line)
+        record = load()
     except ValueError as error:
         raise ValueError(f"{where} {error}") from None
     if text_field not in record:
@@ -161,37 +174,60 @@ def _field(line: bytes, text_field: str, where: str) -> str:
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     """The rows of a column of strings."""
-    for where, row in parquet_rows(path, text_field):
-        if not isinstance(row[text_field], str):
-            raise ValueError(f"{where} {text_field!r} is not a string")
-        yield row[text_field]
+    for where, load in parquet_rows(path, text_field):
+        yield _field(load, text_field, where)
 
 
-def parquet_rows(
-    path: Path, column: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and what it is, of every row; of one column, or of all."""
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[Place]:
+    """Every row, of one column or of all but dates.
+
+    No layout has dates, and not every one of them has a place in Python.
+    """
     import pyarrow as pa  # takes a third of a second to import
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid:
-        raise ValueError(f"{path} is not a Parquet file") from None
-    columns = file.schema_arrow.names
-    if column is not None and column not in columns:
-        there = ", ".join(columns)
+    number = 0
+    with path.open("rb") as source:
+        try:
+            file = pq.ParquetFile(source)
+            _check_table(path, file, column)
+            dates = pa.types.is_temporal
+            names = [each.name for each in file.schema_arrow if not dates(each.type)]
+            for batch in file.iter_batches(1024, columns=[column] if column else names):
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                for row in range(len(batch)):
+                    yield f"{path}, row {number}:", partial(_row, columns, row)
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(re.findall("[!-~]+", str(error))).rstrip(".")
+            raise ValueError(
+                f"{path} is not a Parquet file, or damaged from row {number} on "
+                f"({reason}); fetch it again"
+            ) from None
+
+
+def _check_table(path: Path, file: Any, column: str | None) -> None:
+    """Refuse a Parquet file without rows, or without a column."""
+    if column is not None and column not in file.schema_arrow.names:
+        there = ", ".join(file.schema_arrow.names)
         raise ValueError(
             f"{path} has no column {column!r}, only {there}; name one by "
             "--data.text_field"
         )
     if not file.metadata.num_rows:
         raise ValueError(f"{path} is empty; leave it out")
-    number = 0
-    for batch in file.iter_batches(1024, columns=column and [column]):
-        for row in batch.to_pylist():
-            yield f"{path}, row {number}:", row
-            number += 1
+
+
+def _row(columns: dict[str, Any], row: int) -> Record:
+    """One row of some columns."""
+    record = {}
+    for name, column in columns.items():
+        try:
+            record[name] = column[row].as_py()
+        except (ValueError, OverflowError) as error:
+            why = f"the field {name!r} cannot be read: {error}"
+            raise ValueError(why) from None
+    return record
 
 
 def hold_out(

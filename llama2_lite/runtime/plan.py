@@ -1,5 +1,6 @@
 """`llama2-lite plan`: what a training takes in memory, time, energy and carbon."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from llama2_lite.scaling import (
 
 RESERVED = 0.05  # of a GPU's memory, for the driver and for gaps between tensors
 GIB = 2**30
+USUAL_MFU = 0.4  # what the command takes if none is given
 
 
 def check_options(options: Namespace) -> None:
@@ -37,8 +39,10 @@ def check_options(options: Namespace) -> None:
         if value is not None and not 0 < value < float("inf"):
             key = name.replace("_", "-")
             raise ValueError(f"--{key} must be positive, but is {value:g}")
-    if not 0 < options.mfu <= 1:
+    if options.mfu is not None and not 0 < options.mfu <= 1:
         raise ValueError(f"--mfu is a share between 0 and 1, not {options.mfu:g}")
+    if options.gpu_hours is not None and options.mfu is not None:
+        raise ValueError("--mfu and --gpu-hours say the same: give one of them")
 
 
 def plan(options: Namespace) -> str:
@@ -161,11 +165,21 @@ def generation(
 def cost_table(
     config: LlamaConfig, options: Namespace, tokens: int, batch: int, sequence: int
 ) -> list[str]:
-    """Operations, hours, energy and carbon."""
+    """Operations, hours, energy and carbon.
+
+    Raises:
+        ValueError: if no such GPU is fast enough for the hours.
+    """
     gpu = GPUS[options.gpu]
     flops = tokens * flops_per_token(config, sequence)
     without = tokens * flops_per_token(config)
-    hours = options.gpu_hours or flops / (options.mfu * gpu.flops * 3600)
+    least = flops / (gpu.flops * 3600)
+    hours = options.gpu_hours or least / (options.mfu or USUAL_MFU)
+    if hours < least:
+        raise ValueError(
+            f"--gpu-hours must be at least {math.ceil(least):,}, which is an MFU of "
+            f"100%, but is {hours:g}"
+        )
     watts = options.watts or gpu.watts
     shares = [utilisation(n, hours, gpu) for n in (flops, without)]
     return [

@@ -32,7 +32,7 @@ def check_reward_models(
         raise ValueError("there is no reward model: give helpfulness, safety or both")
     wanted = Tokenizer(Path(start) / "tokenizer.model").sha256
     for folder in folders:
-        check_model_folder(folder)
+        check_model_folder(folder, is_reward=True)
         if Tokenizer(folder / "tokenizer.model").sha256 != wanted:
             raise ValueError(
                 f"the reward model {folder} has another tokenizer than the policy "

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from llama2_lite.ghost_attention import (
     build_dialogs,
     instruct_every_turn,
 )
-from llama2_lite.model import Llama
+from llama2_lite.model import Llama, read_config
 from llama2_lite.pretraining import processes
 from llama2_lite.rejection import (
     Pick,
@@ -36,6 +36,7 @@ from llama2_lite.runtime.configs import Epochs
 from llama2_lite.runtime.dialogs import (
     Read,
     collect,
+    context_limit,
     field_text,
     read_dialogs,
     split_by_prompt,
@@ -192,16 +193,31 @@ class RejectionData(SampledData):
         folders = check_reward_models(helpfulness, safety, self.sampler)
         self.sources["rewards"] = [folder_stamps(path) for path in folders]
         check_gate(safety_files, helpfulness, safety, "data.safety")
-        if not temperatures:
-            raise ValueError("data.temperatures is empty: give at least one")
+        check_temperatures(temperatures, k)
         self.prompts, self.tagged = read_tagged_prompts(
             self, files, safety_files, max_new_tokens, skip_bad
         )
-        self.earlier = as_patterns(earlier)
-        self.note_files(earlier=self.earlier)
         self.k, self.temperatures = k, temperatures
         self.max_new_tokens = max_new_tokens
         self.counts["prompts"] = len(self.prompts)
+        self.earlier: list[list[Pick]] = []
+        self.read_earlier(as_patterns(earlier), folders, skip_bad)
+
+    def read_earlier(
+        self, patterns: list[str], folders: list[Path], skip_bad: bool
+    ) -> None:
+        """Read what earlier rounds kept, as far as the reward models can score it."""
+        sizes = {p: read_config(p / "config.json").max_seq_len for p in folders}
+        least = min(folders, key=sizes.__getitem__)
+        name = f"the context of {least}"
+        limit = context_limit(self.opened, sizes[least], name=name)
+        for pattern in patterns:
+            read = read_dialogs([pattern], limit=limit, skip_bad=skip_bad)
+            self.bad = self.bad + read.bad
+            self.earlier.append(
+                [Pick(dialog[:-1], dialog[-1]["content"], 0.0) for dialog in read.items]
+            )
+        self.note_files(earlier=patterns)
 
     def read_items(self) -> list[Dialog]:
         """The best answers with their prompts; retokenised, a few may be too long."""
@@ -228,9 +244,14 @@ class RejectionData(SampledData):
             *self.rewards, self.sampler, model.config, self.tagged, device
         )
         picks = best_of(*self._sample(model, score), version=len(self.earlier))
-        rounds = [*map(read_picks, self.earlier), picks]
-        if len(rounds) > 1:
-            picks = best_of_all_rounds(rounds, score)
+        if self.earlier:
+            picks = best_of_all_rounds([*self.earlier, picks], score)
+        if not picks:
+            raise ValueError(
+                f"no answer to any of {len(self.prompts):,} prompts has content, with "
+                f"data.k={self.k} and data.max_new_tokens={self.max_new_tokens}: give "
+                "larger ones, or another data.sampler"
+            )
         write_lines(
             self.dialogs_file,
             ({"dialog": pick.dialog(), "score": pick.score} for pick in picks),
@@ -267,10 +288,21 @@ class RejectionData(SampledData):
                 )
                 found = score_answers(score, prompts, drawn)
                 write_lines(path, [{"answers": drawn, "scores": found.tolist()}])
-            kept = json.loads(path.read_text("utf-8"))
+            (kept,) = read_records(path)
             answers += kept["answers"]
             scores.append(torch.tensor(kept["scores"]))
         return self.prompts, answers, torch.cat(scores)
+
+
+def check_temperatures(temperatures: list[float], k: int) -> None:
+    """Refuse temperatures that leave nothing to choose."""
+    if not temperatures:
+        raise ValueError("data.temperatures is empty: give at least one")
+    if k > 1 and 0 in temperatures:
+        raise ValueError(
+            f"data.temperatures holds 0, at which all data.k={k} answers to a prompt "
+            "are the same; give numbers above 0, or data.k=1"
+        )
 
 
 class GhostData(SampledData):
@@ -284,7 +316,8 @@ class GhostData(SampledData):
             same in fewer words, and ``pattern``, a regular expression that an answer
             that obeys must match; those of the town if left out.
         sampler: folder of the model that replies; the one to fine-tune if left out.
-        combined: share of the instructed dialogues that have two instructions.
+        combined: share of the instructed dialogues that have two instructions; 0.2 if
+            left out.
         plain: share of dialogues without, whose own answers are learned.
         context: turns that the sampler sees; all if left out.
         max_new_tokens: a reply without an end is not used.
@@ -304,7 +337,7 @@ class GhostData(SampledData):
         files: Files,
         instructions: Files | None = None,
         sampler: str | None = None,
-        combined: ClosedUnitInterval = 0.2,
+        combined: ClosedUnitInterval | None = None,
         plain: ClosedUnitInterval = 0.1,
         context: PositiveInt | None = None,
         max_new_tokens: PositiveInt = 64,
@@ -329,8 +362,13 @@ class GhostData(SampledData):
         self.instructions, dropped = system_instructions("train"), []
         instruction_patterns = as_patterns(instructions)
         if instruction_patterns:
-            told = read_instructions(instruction_patterns, skip_bad=skip_bad)
+            told = read_instructions(
+                instruction_patterns,
+                lambda text: self.check_instruction(text, max_new_tokens),
+                skip_bad,
+            )
             self.instructions, dropped = told.items, told.bad
+        combined = choose_combined(combined, self.instructions)
         longest = sorted((one.text for one in self.instructions), key=len)
         text = " ".join(longest[-2:] if combined else longest[-1:])
 
@@ -350,6 +388,21 @@ class GhostData(SampledData):
         }
         self.counts["instructions"] = len(self.instructions)
 
+    def sampler_room(self) -> tuple[int, str]:
+        """How many tokens the sampler may have before it, and what says so."""
+        if self.sampler_context < self.sequence_length:
+            return self.sampler_context, "the sampler's context"
+        return self.sequence_length, self.length_name
+
+    def check_instruction(self, text: str, answer_tokens: int) -> None:
+        """Refuse an instruction that leaves no room, whatever the dialogue."""
+        n_tokens, (room, name) = len(self.opened.encode(text)), self.sampler_room()
+        if n_tokens + answer_tokens > room:
+            raise ValueError(
+                f"the instruction has {n_tokens} tokens, but {name} is {room}, less "
+                f"{answer_tokens} for the answer"
+            )
+
     def check_room(
         self, dialog: Dialog, text: str, n_turns: int | None, answer_tokens: int
     ) -> None:
@@ -358,9 +411,7 @@ class GhostData(SampledData):
         sizes = [len(encode_dialog(turn, self.opened).ids) for turn in turns]
         seen = min(n_turns or len(sizes), len(sizes))
         most = max(sum(sizes[i : i + seen]) for i in range(len(sizes) - seen + 1))
-        room, name = self.sequence_length, self.length_name
-        if self.sampler_context < room:
-            room, name = self.sampler_context, "the sampler's context"
+        room, name = self.sampler_room()
         if most + answer_tokens > room:
             raise ValueError(
                 f"the dialogue may have {most} tokens when the instruction is told at "
@@ -387,19 +438,28 @@ class GhostData(SampledData):
                     **self.settings,
                 )
                 write_lines(path, (ghost._asdict() for ghost in ghosts))
-            made += map(json.loads, path.read_text("utf-8").splitlines())
+            made += read_records(path)
         write_lines(self.dialogs_file, made)
 
     def read_items(self) -> list[GhostDialog]:
         """The dialogues with their replies."""
-        lines = self.dialogs_file.read_text("utf-8").splitlines()
-        ghosts = [GhostDialog(**json.loads(line)) for line in lines]
+        ghosts = [GhostDialog(**record) for record in read_records(self.dialogs_file)]
         told = [
             reply for ghost in ghosts if ghost.instruction for reply in ghost.replies
         ]
         self.counts["replies"] = len(told)
         self.counts["obeyed"] = sum(reply is not None for reply in told)
+        if told and not self.counts["obeyed"]:
+            raise ValueError(f"there is no reply to learn: {self.say_obeyed()}")
         return ghosts
+
+    def say_obeyed(self) -> str:
+        """How many replies can be learned, and how to get more."""
+        return (
+            f"of {self.counts['replies']:,} sampled replies {self.counts['obeyed']:,} "
+            f"ended within data.max_new_tokens={self.settings['max_new_tokens']} and "
+            "obeyed; raise that, give more dialogues, or let another data.sampler reply"
+        )
 
     def prompt_of(self, item: GhostDialog) -> Dialog:
         """The dialogue itself."""
@@ -407,7 +467,11 @@ class GhostData(SampledData):
 
     def as_tokens(self, items: list[GhostDialog]) -> GhostDataset:
         """Dialogues as trees."""
-        return GhostDataset(items, self.opened, self.sequence_length, seed=self.seed)
+        length = self.sequence_length
+        try:
+            return GhostDataset(items, self.opened, length, seed=self.seed)
+        except ValueError as error:
+            raise ValueError(f"{error}; {self.say_obeyed()}") from None
 
     def val_dataloader(self) -> DataLoader[Any]:
         """What is held out, no more at a time than in training.
@@ -423,10 +487,28 @@ class GhostData(SampledData):
         return DataLoader(batches, batch_size=None)
 
 
+def choose_combined(
+    combined: float | None, instructions: list[SystemInstruction]
+) -> float:
+    """The share of combined instructions; refused where no two can be combined."""
+    kinds = {one.short.partition(":")[0] for one in instructions}  # as they are dealt
+    if combined and len(kinds) < 2:
+        raise ValueError(
+            f"data.combined is {combined}, but data.instructions has no two that can "
+            "be combined, as they must differ in what `short` says before a colon; "
+            "leave it out, or give more of them"
+        )
+    return 0.2 if combined is None else combined
+
+
 def read_instructions(
-    patterns: list[str], skip_bad: bool = False
+    patterns: list[str], limit: Callable[[str], None], skip_bad: bool
 ) -> Read[SystemInstruction]:
     """System messages from files.
+
+    Args:
+        limit: raises ValueError for a text that is too long.
+        skip_bad: drop what is wrong instead of stopping at it.
 
     Raises:
         ValueError: if a record has no text, or a pattern is no regular expression; the
@@ -450,6 +532,7 @@ def read_instructions(
             check_dialog(
                 [{"role": "system", "content": text}, {"role": "user", "content": "Hi"}]
             )
+            limit(text)
         try:
             re.compile(instruction.pattern)
         except re.error as error:
@@ -459,17 +542,15 @@ def read_instructions(
     return collect(patterns, convert, check, skip_bad, "instruction")
 
 
-def read_picks(path: str) -> list[Pick]:
-    """What an earlier round kept."""
-    return [
-        Pick(dialog[:-1], dialog[-1]["content"], 0.0)
-        for dialog in read_dialogs([path]).items
-    ]
-
-
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines, all of them or none."""
     beside = path.with_name(f"{path.name}.partial")
     lines = (json.dumps(record, ensure_ascii=False) for record in records)
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What `write_lines` wrote."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]

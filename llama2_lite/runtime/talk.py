@@ -1,11 +1,13 @@
 """`llama2-lite chat`: a conversation in the terminal."""
 
+import io
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llama2_lite.chat import Dialog, check_dialog, encode_dialog
-from llama2_lite.generation import stream, stream_text
+from llama2_lite.generation import generate, stream, stream_text
 from llama2_lite.model import Llama, LlamaConfig
 from llama2_lite.tokenizer import Tokenizer
 
@@ -35,17 +37,29 @@ def open_model(folder: str | Path) -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
-def check_model_folder(folder: Path) -> None:
-    """Make sure that a model is in a folder.
+def check_model_folder(folder: Path, is_reward: bool = False) -> None:
+    """Make sure that a model is in a folder, one that writes or one that rewards.
 
     Raises:
         FileNotFoundError: if none is; of a run, the sentence says where it has its own.
+        ValueError: if it is of the other kind.
     """
-    if (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
+        inside = folder / "model"
+        hint = f"; this run has its model in {inside}" if inside.is_dir() else ""
+        raise FileNotFoundError(
+            f"{folder} is no model folder: no config.json in it{hint}"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        found = "LlamaForSequenceClassification" in config["architectures"]
+    except (ValueError, KeyError, TypeError):  # whoever opens it says what is wrong
         return
-    inside = folder / "model"
-    hint = f"; this run has its model in {inside}" if inside.is_dir() else ""
-    raise FileNotFoundError(f"{folder} is no model folder: no config.json in it{hint}")
+    if found != is_reward:
+        kinds = ("language model", "reward model")
+        raise ValueError(
+            f"{folder} holds a {kinds[found]}; a {kinds[is_reward]} is needed here"
+        )
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer, config: LlamaConfig) -> None:
@@ -70,8 +84,13 @@ class Conversation:
         temperature, top_p: see `llama2_lite.generation.generate`.
         seed: the same seed and the same words give the same answers.
 
+    Attributes:
+        cut_after: how many tokens the last answer has, if it was cut there instead of
+            coming to its end; else 0.
+
     Raises:
-        ValueError: if the system message contains a tag of the dialogue format.
+        ValueError: if a setting makes no sense, or if the system message is too long
+            or contains a tag of the dialogue format.
     """
 
     def __init__(
@@ -88,17 +107,28 @@ class Conversation:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        # no prompts: this refuses what makes no sense, and does nothing else
+        generate(
+            model,
+            [],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
         self.dialog: Dialog = []
+        self.cut_after = 0
         self.begin(system)
 
     def begin(self, system: str) -> None:
         """Forget what was said, and give the model another system message.
 
         Raises:
-            ValueError: if it contains a tag.
+            ValueError: if it contains a tag, or leaves no room for a dialogue.
         """
         dialog = [{"role": "system", "content": system}] if system.strip() else []
-        check_dialog([*dialog, {"role": "user", "content": "Hi"}])
+        if dialog:
+            shortest = [*dialog, {"role": "user", "content": "Hi"}]
+            self._encode(shortest, "shorten the system message")
         self.dialog = dialog
 
     def reset(self) -> None:
@@ -116,14 +146,9 @@ class Conversation:
             ValueError: if the text is empty or contains a tag, or if the dialogue has
                 become too long; what was said before stays as it was.
         """
+        self.cut_after = 0
         dialog = [*self.dialog, {"role": "user", "content": text}]
-        ids = encode_dialog(dialog, self.tokenizer).ids
-        context = self.model.config.max_seq_len
-        if len(ids) >= context:
-            raise ValueError(
-                f"with this, the dialogue has {len(ids)} tokens, which leaves no room "
-                f"in the context of {context}; /reset begins anew"
-            )
+        ids = self._encode(dialog, "shorten it, or begin anew with /reset")
         tokens = stream(
             self.model,
             ids,
@@ -135,7 +160,7 @@ class Conversation:
         )
         said: list[str] = []
         try:
-            for piece in stream_text(self.tokenizer, ids, tokens):
+            for piece in stream_text(self.tokenizer, ids, self._count(tokens)):
                 # the space behind [/INST] belongs to the format, not to the answer
                 shown = piece if said else piece.lstrip()
                 if shown:
@@ -143,6 +168,25 @@ class Conversation:
                     yield shown
         finally:
             self._remember(dialog, "".join(said).strip())
+
+    def _encode(self, dialog: Dialog, remedy: str) -> list[int]:
+        """Tokens of a dialogue, if they leave room for an answer."""
+        ids = encode_dialog(dialog, self.tokenizer).ids
+        context = self.model.config.max_seq_len
+        if len(ids) >= context:
+            raise ValueError(
+                f"with this, the dialogue has {len(ids)} tokens, which leaves no room "
+                f"in the context of {context}; {remedy}"
+            )
+        return ids
+
+    def _count(self, tokens: Iterator[int]) -> Iterator[int]:
+        """Pass the tokens of an answer on, and note whether it came to its end."""
+        count, token = 0, self.tokenizer.eos_id
+        for token in tokens:
+            count += 1
+            yield token
+        self.cut_after = 0 if token == self.tokenizer.eos_id else count
 
     def _remember(self, dialog: Dialog, answer: str) -> None:
         whole = [*dialog, {"role": "assistant", "content": answer}]
@@ -197,6 +241,8 @@ def show(conversation: Conversation, text: str, write: Callable[[str], None]) ->
         if error.args:  # the process was told to end
             raise
     write("[no answer]\n" if is_empty else "\n")
+    if conversation.cut_after:
+        write(f"[cut after {conversation.cut_after} tokens]\n")
 
 
 def printable(text: str) -> str:
@@ -205,7 +251,12 @@ def printable(text: str) -> str:
 
 
 def read_lines() -> Iterator[str]:
-    """What the user types: with a prompt, and editing, in a terminal."""
+    """What the user types: with a prompt, and editing, in a terminal.
+
+    Bytes that are no text become replacement characters.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

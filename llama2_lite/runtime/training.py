@@ -275,6 +275,9 @@ def fit(
     """Train, from the newest whole checkpoint in the folder if there is one.
 
     Afterwards the model folder holds the model with the lowest validation loss.
+
+    Raises:
+        ValueError: if there is none, as no validation loss was finite.
     """
     choose = partial(newest_checkpoint, folder / "checkpoints")
     if isinstance(trainer.strategy, LayoutStrategy):
@@ -299,6 +302,11 @@ def fit(
     best = next(call for call in trainer.callbacks if isinstance(call, KeepBest))
     if best.seen_step < trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
+    if best.best_step < 0:
+        raise ValueError(
+            "no validation loss was a finite number, so no model was kept; lower the "
+            "learning rate (model.peak_lr, or model.settings.lr of ppo)"
+        )
 
 
 @contextmanager
