@@ -423,7 +423,10 @@ class RewardModel(nn.Module):
         """
         folder = Path(folder)
         if folder.exists() and not force:
-            raise FileExistsError(f"{folder} exists; it is replaced only by force")
+            raise FileExistsError(
+                f"{folder} exists; choose another folder, or give force=True to "
+                "replace it"
+            )
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.reward")
         try:
             self.llama.save_pretrained(beside, tokenizer)
