@@ -170,22 +170,22 @@ class TrainingCommand(LightningCLI):
         """Train as the arguments say, or go on with what they began."""
         Watch.seconds = self.config.stop_within
         folder, is_first = Path(self.config.output), self.trainer.is_global_zero
-        wanted = self.describe() if is_first else {}
-        with held(folder) if is_first else nullcontext():
-            if is_first:
-                self.claim(folder, wanted)
+        with self.claimed(folder) if is_first else nullcontext():
             fit(self.trainer, self.model, self.datamodule, folder, self.console.print)
             if is_first:
                 self.finish(folder)
 
-    def claim(self, folder: Path, wanted: dict[str, Any]) -> None:
-        """Make the folder that of this run, and note there what it does."""
-        dumped = self.parser.dump(self.config)
+    @contextmanager
+    def claimed(self, folder: Path) -> Iterator[None]:
+        """Make a folder that of this run alone, and note there what it does."""
+        wanted, dumped = self.describe(), self.parser.dump(self.config)
         inputs = flatten(yaml.safe_load(dumped))
-        claim_folder(folder, wanted, self.config.force, inputs)
-        (folder / "config.yaml").write_text(dumped, "utf-8")
-        for path in folder.glob(".model.*"):  # models that a kill cut short
-            shutil.rmtree(path, ignore_errors=True)
+        with held(folder):
+            claim_folder(folder, wanted, self.config.force, inputs)
+            (folder / "config.yaml").write_text(dumped, "utf-8")
+            for path in folder.glob(".model.*"):  # models that a kill cut short
+                shutil.rmtree(path, ignore_errors=True)
+            yield
 
     def finish(self, folder: Path) -> None:
         """Measure the result, show it, and write it to ``result.json``."""
@@ -325,8 +325,8 @@ def keep_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
     """
     own = [(folder / name).resolve() for name in OWN]
     for key, value in inputs.items():
-        for name in as_list(value):
-            path = Path(name).resolve() if isinstance(name, str) else folder.resolve()
+        for name in filter(lambda one: isinstance(one, str), as_list(value)):
+            path = Path(name).resolve()
             if any(path.is_relative_to(one) for one in own):
                 raise ValueError(
                     f"{key} {name} is in {folder}, where another run is to be deleted; "
