@@ -535,8 +535,8 @@ def main() -> None:
         study_models(town, pairs, start, tokenizer, seeds, save)
     if args.only != "models":
         shards = tour_artifacts()["corpus"] / "train"
+        shared |= {"seeds": seeds[:2], "modules": [*modules, "corpus"]}
         results = study_scaling(town, pairs, shards, start, tokenizer, seeds[:2])
-        shared["modules"] = [*modules, "corpus"]
         write_result(RESULTS / "reward_scaling.json", results=results, **shared)
 
 

@@ -277,6 +277,7 @@ def answer(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
+    keep_cut: bool = True,
 ) -> list[str]:
     """Answer dialogues that end with the user.
 
@@ -287,6 +288,7 @@ def answer(
         max_new_tokens: an answer without an end is cut there.
         temperature, top_p, seed: see `llama2_lite.generation.generate`.
         batch_size: dialogues answered at a time.
+        keep_cut: if not, an answer that was cut is empty.
 
     Raises:
         ValueError: if a dialogue is refused, ends with the assistant, or is too long.
@@ -309,6 +311,9 @@ def answer(
             seed=seed,
             rows=rows,
         )
-        for row, ids in zip(rows, generation.ids, strict=True):
-            answers[row] = tokenizer.decode(ids).strip()
+        for row, ids, ended in zip(
+            rows, generation.ids, generation.finished, strict=True
+        ):
+            if ended or keep_cut:
+                answers[row] = tokenizer.decode(ids).strip()
     return answers

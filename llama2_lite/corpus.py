@@ -60,11 +60,12 @@ def drop_duplicates(documents: Iterable[str]) -> Iterator[str]:
 def shingles(document: str, n_words: int = 5) -> set[bytes]:
     """All runs of ``n_words`` words of a document in lower case, as a set.
 
-    A shorter document is one run.
+    A shorter document is one run, and so is one without words, as it stands.
     """
-    words = re.findall(r"\w+", document.lower())
+    words = re.findall(r"\w+", document.lower()) or [document]
     n_runs = max(1, len(words) - n_words + 1)
-    return {" ".join(words[i : i + n_words]).encode() for i in range(n_runs)}
+    runs = (" ".join(words[i : i + n_words]) for i in range(n_runs))
+    return {run.encode(errors="replace") for run in runs}
 
 
 def drop_near_duplicates(

@@ -644,12 +644,16 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, list[dict[str, Tensor]]]:
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a .pth file, by a reader that runs nothing else in it."""
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # any kind, depending on where the file is broken
+        found = None
+    is_dict = isinstance(found, dict)
+    if not is_dict or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(
-            f"{path} is broken or holds more than tensors, so it is not opened; "
-            "get it again, or as safetensors"
-        ) from None
+            f"{path} is broken or holds other things than named tensors, so it is not "
+            "opened; get it again, or as safetensors"
+        )
+    return found
 
 
 def join_shards(name: str, parts: list[Tensor]) -> Tensor:

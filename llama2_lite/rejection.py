@@ -89,6 +89,7 @@ def sample_answers(
     max_new_tokens: int = 64,
     seed: int = 0,
     batch_size: int = 256,
+    keep_cut: bool = True,
 ) -> list[list[str]]:
     """Draw K answers to each prompt.
 
@@ -112,6 +113,7 @@ def sample_answers(
         top_p=top_p,
         seed=seed,
         batch_size=batch_size,
+        keep_cut=keep_cut,
     )
     return [drawn[i :: len(prompts)] for i in range(len(prompts))]
 
@@ -252,7 +254,7 @@ def rejection_sample(
     seed: int = 0,
     version: int = 0,
 ) -> list[Pick]:
-    """Draw K answers to each prompt, score them, and keep the best.
+    """Draw K answers to each prompt, score those that end, and keep the best.
 
     Args:
         prompts: each ends with a message of the user.
@@ -269,6 +271,7 @@ def rejection_sample(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        keep_cut=False,
     )
     return best_of(prompts, answers, score_answers(score, prompts, answers), version)
 

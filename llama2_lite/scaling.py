@@ -348,7 +348,7 @@ GPUS = {
     "a100-40gb": Gpu(40, 312e12, 1.555e12, 400),
     "a100-80gb": Gpu(80, 312e12, 2.039e12, 400),
     "h100-80gb": Gpu(80, 989e12, 3.35e12, 700),
-    "h200-141gb": Gpu(131, 989e12, 4.8e12, 700),
+    "h200-141gb": Gpu(140, 989e12, 4.8e12, 700),
     "rtx4090-24gb": Gpu(24, 165e12, 1.008e12, 450),
 }
 PUE = 1.1  # energy of a data centre for each unit that its computers draw

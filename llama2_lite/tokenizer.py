@@ -79,7 +79,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """The ids of each of many texts, on all cores."""
         texts = list(texts)
-        _check_encodable("".join(texts))
+        for text in texts:
+            _check_encodable(text)
         return self._processor.encode(texts, add_bos=bos, add_eos=eos)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -202,6 +202,22 @@ def test_best_answers_that_are_too_long_are_counted(
     assert said.endswith("best answers left out, longer than 64 tokens: 1\n")
 
 
+def test_prompts_without_an_answer_are_counted(
+    finished: dict[str, Path], world: Path, tmp_path: Path, capfd
+) -> None:
+    folder = shutil.copytree(finished["reject"], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "sampled" / "dialogs.jsonl").unlink()
+    (path,) = (folder / "sampled").glob("answers-*.json")
+    sampled = json.loads(path.read_text())
+    sampled["answers"][0], sampled["scores"][0] = [""] * 3, [float("-inf")] * 3
+    path.write_text(json.dumps(sampled))
+    assert main(arguments(world, "reject", folder)) == 0
+    assert json.loads((folder / "result.json").read_text())["unanswered"] == 1
+    said = capfd.readouterr().out
+    assert said.endswith("prompts left out, as no answer to them ended: 1\n")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_finished_run_says_the_same_again(
     finished: dict[str, Path], world: Path, name: str, capfd
@@ -406,7 +422,7 @@ def test_answers_without_content_are_named(
     (path,) = (folder / "sampled").glob("answers-*.json")
     path.write_text(json.dumps({key: row * n_prompts for key, row in empty.items()}))
     assert fails(*arguments(world, "reject", folder)) == (
-        "no answer to any of 37 prompts has content, with data.k=3 and "
+        "no answer to any of 37 prompts has an end and content, with data.k=3 and "
         "data.max_new_tokens=8: give larger ones, or another data.sampler"
     )
 
@@ -511,7 +527,11 @@ def test_what_is_sampled_is_read_as_it_was_written(tmp_path: Path) -> None:
         ),
         *(
             ("sft", [f"--trainer.{key}=0"], [f"trainer.{key} must be above 0"])
-            for key in ("val_check_interval", "log_every_n_steps")
+            for key in (
+                "val_check_interval",
+                "log_every_n_steps",
+                "limit_train_batches",
+            )
         ),
         ("sft", ["--seed=-1"], ["seed must be a whole number from 0", "but is -1"]),
         ("sft", ["--start={helpful}"], ["holds a reward model; a language model"]),

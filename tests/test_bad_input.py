@@ -122,6 +122,7 @@ def test_bad_settings(tmp_path, text, fails, arguments, words):  # noqa: F811
         ("modle: {peak_lr: 1}", ["'modle.peak_lr'", "model.peak_lr"]),
         ("model: {config: {dmi: 1}}", ["'model.config.dmi'", "model.config.dim"]),
         ("model: [a: {", ["mine.yaml, line 1"]),
+        ("- model\n- data\n", ["mine.yaml holds no settings; write each as 'key: "]),
     ],
 )
 def test_bad_configuration_files(tmp_path, fails, content, words):

@@ -348,6 +348,21 @@ def test_answers_do_not_depend_on_the_batch(model, tokenizer):
     assert answer(model, tokenizer, []) == []
 
 
+def test_answers_that_were_cut_can_be_left_out(model, tokenizer):
+    dialogs, how = [say("What?")] * 300, {"max_new_tokens": 12, "seed": 3}
+    kept = answer(model, tokenizer, dialogs, **how)
+    whole = answer(model, tokenizer, dialogs, keep_cut=False, **how)
+    drawn = generate(
+        model,
+        [encode_dialog(dialog, tokenizer).ids for dialog in dialogs],
+        stop_ids=[tokenizer.eos_id],
+        **how,
+    )
+    assert 0 < sum(drawn.finished) < 300
+    for text, found, ended in zip(kept, whole, drawn.finished, strict=True):
+        assert found == (text if ended else "")
+
+
 def test_what_cannot_be_answered_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="dialogue 1 does not end with the user"):
         answer(model, tokenizer, [say("a"), say("a", "b")])

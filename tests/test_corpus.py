@@ -77,7 +77,8 @@ def test_drop_duplicates_keeps_first_of_each(documents: list[str]) -> None:
 def test_shingles_by_hand() -> None:
     assert shingles("The old, old mill", 2) == {b"the old", b"old old", b"old mill"}
     assert shingles("Mill", 2) == {b"mill"}
-    assert shingles("?!") == {b""}
+    assert shingles("?!") == {b"?!"}
+    assert shingles("\ud800") == {b"?"}
 
 
 def random_page(seed: int, n_words: int = 200) -> list[str]:
@@ -93,6 +94,7 @@ def test_near_duplicates() -> None:
     assert kept == texts[:20] + texts[40:]
     assert kept == list(drop_near_duplicates(texts))  # the same every time
     assert len(list(drop_near_duplicates(["Mill.", "mill", "hill"]))) == 2
+    assert list(drop_near_duplicates(["?!", "+ = +", "?!"])) == ["?!", "+ = +"]
 
 
 def test_near_duplicates_of_a_very_long_document() -> None:

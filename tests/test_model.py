@@ -459,6 +459,14 @@ def test_pickles_are_refused_and_not_run(tmp_path):
     assert not sprung.exists()
 
 
+@pytest.mark.parametrize("content", [{"layers": {}}, {"dim": 48}, torch.ones(2), None])
+def test_pickles_of_other_things_than_named_tensors_are_refused(tmp_path, content):
+    write_meta(random_model(), tmp_path / "meta", 1)
+    torch.save(content, tmp_path / "meta" / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="other things than named tensors"):
+        Llama.from_pretrained(tmp_path / "meta")
+
+
 def test_truncated_file_is_refused(tmp_path):
     folder = saved(random_model(), tmp_path / "model")
     path = folder / "model.safetensors"

@@ -250,18 +250,28 @@ def test_a_prompt_is_known_by_all_its_messages():
 
 
 def test_rejection_sampling_picks_the_best_of_its_samples(model, tokenizer):
-    how = {"temperature": 1.3, "max_new_tokens": 8, "seed": 5}
+    how = {"temperature": 1.3, "max_new_tokens": 60, "seed": 5}
     picks = rejection_sample(
-        model, tokenizer, PROMPTS, count_letters, 6, version=2, **how
+        model, tokenizer, PROMPTS, count_letters, 60, version=2, **how
     )
-    drawn = sample_answers(model, tokenizer, PROMPTS, 6, **how)
+    drawn = sample_answers(model, tokenizer, PROMPTS, 60, keep_cut=False, **how)
     assert [pick.score for pick in picks] == [max(map(len, texts)) for texts in drawn]
     assert all(pick.answer in texts for pick, texts in zip(picks, drawn, strict=True))
     assert [pick.prompt for pick in picks] == PROMPTS
     again = rejection_sample(
-        model, tokenizer, PROMPTS, count_letters, 6, version=2, **how
+        model, tokenizer, PROMPTS, count_letters, 60, version=2, **how
     )
     assert again == picks
+
+
+def test_an_answer_that_was_cut_is_never_picked(model, tokenizer):
+    how = {"max_new_tokens": 8, "seed": 5}
+    drawn = sample_answers(model, tokenizer, PROMPTS, 200, **how)
+    whole = sample_answers(model, tokenizer, PROMPTS, 200, keep_cut=False, **how)
+    # the longest answers, which the reward likes best, are those without an end
+    assert max(map(len, drawn[0])) > max(map(len, whole[0])) > 0
+    picks = rejection_sample(model, tokenizer, PROMPTS, count_letters, 200, **how)
+    assert [pick.answer for pick in picks] == [max(t, key=len) for t in whole]
 
 
 def test_the_best_temperature_is_the_one_with_the_highest_best_of_k(model, tokenizer):

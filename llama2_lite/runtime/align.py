@@ -222,8 +222,10 @@ class RejectionCommand(SupervisedCommand):
         parser.link_arguments("output", "data.folder")
 
     def finish(self, folder: Path) -> None:
-        """Say also how many answers were chosen in vain."""
+        """Say also what was asked and what was chosen in vain."""
         super().finish(folder)
+        if unanswered := self.datamodule.counts["unanswered"]:
+            print(f"prompts left out, as no answer to them ended: {unanswered:,}")
         if too_long := self.datamodule.counts["too_long"]:
             longest = self.datamodule.sequence_length
             print(f"best answers left out, longer than {longest} tokens: {too_long:,}")

@@ -227,8 +227,8 @@ def with_config_paths(arguments: list[str]) -> list[str]:
             others.append(argument)
             continue
         path = find_config(name)
-        read_yaml(path)  # for the sake of its errors
-        configs.append(f"--config={path}")
+        if read_yaml(path):
+            configs.append(f"--config={path}")
     return configs + others
 
 

@@ -15,20 +15,24 @@ R = TypeVar("R")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file.
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file; an empty one has none.
 
     Raises:
-        ValueError: if it is not YAML; the sentence names the line.
+        ValueError: if it is not YAML, and the sentence names the line, or if it has no
+            keys.
     """
     try:
-        return yaml.safe_load(Path(path).read_text("utf-8"))
+        found = yaml.safe_load(Path(path).read_text("utf-8"))
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
         raise ValueError(f"{path}{where} is not YAML") from None
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{path} holds no settings; write each as 'key: value'")
+    return found or {}
 
 
 def find_config(name: str) -> Path:
@@ -58,14 +62,14 @@ def read_recipe(kind: type[R], name: str, path: str | Path | None = None) -> R:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not YAML, or a key is missing or unknown.
+        ValueError: see `read_yaml`, or if a key is missing or unknown.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     file = find_config(str(path or name))
+    values = read_yaml(file)
     try:
-        found = parser.parse_object(read_yaml(file) or {})
-        return kind(**vars(parser.instantiate(found)))
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except Exception as error:
         raise ValueError(f"{file}: {explain(str(error), parser)}") from None
 
@@ -101,7 +105,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
 ABOVE_0 = (
     *("lr", "peak_lr", "critic_lr", "clip", "clip_norm"),
     *("minibatch_size", "max_new_tokens"),
-    *("val_check_interval", "log_every_n_steps"),
+    *("val_check_interval", "log_every_n_steps", "limit_train_batches"),
 )
 FROM_0 = (
     *("warmup", "weight_decay", "kl_weight", "cut_penalty"),

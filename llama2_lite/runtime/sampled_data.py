@@ -150,7 +150,7 @@ class RejectionData(SampledData):
             each prompt is learned, by the reward models of this one.
         k: answers to each prompt.
         temperatures: of the sampling; of several, the one with the best rewards.
-        max_new_tokens: longest answer.
+        max_new_tokens: an answer without an end is not picked.
         validation_fraction: of the prompts that is held out.
         sequence_length: of a window; the model's context if left out.
         batch_size: windows of a batch over all processes.
@@ -224,6 +224,11 @@ class RejectionData(SampledData):
         path = str(self.dialogs_file)
         read = read_dialogs([path], limit=self.limit(), skip_bad=True)
         self.counts["too_long"] = len(read.bad)
+        answered = [one["dialog"][:-1] for one in read_records(self.dialogs_file)]
+        known = set(map(json.dumps, answered))
+        self.counts["unanswered"] = sum(
+            json.dumps(prompt) not in known for prompt in self.prompts
+        )
         return read.items
 
     def prompt_of(self, item: Dialog) -> Dialog:
@@ -248,9 +253,9 @@ class RejectionData(SampledData):
             picks = best_of_all_rounds([*self.earlier, picks], score)
         if not picks:
             raise ValueError(
-                f"no answer to any of {len(self.prompts):,} prompts has content, with "
-                f"data.k={self.k} and data.max_new_tokens={self.max_new_tokens}: give "
-                "larger ones, or another data.sampler"
+                f"no answer to any of {len(self.prompts):,} prompts has an end and "
+                f"content, with data.k={self.k} and data.max_new_tokens="
+                f"{self.max_new_tokens}: give larger ones, or another data.sampler"
             )
         write_lines(
             self.dialogs_file,
@@ -285,6 +290,7 @@ class RejectionData(SampledData):
                     temperature=temperature,
                     max_new_tokens=self.max_new_tokens,
                     seed=self.seed * 1_000_003 + start,
+                    keep_cut=False,
                 )
                 found = score_answers(score, prompts, drawn)
                 write_lines(path, [{"answers": drawn, "scores": found.tolist()}])

@@ -88,7 +88,7 @@ Answer prompts several times, keep the best answers by reward models, and learn 
   --data.earlier PATTERN   sampled/dialogs.jsonl of earlier rounds, to choose from too
   --data.k N               answers to each prompt (8)
   --data.temperatures '[1.0]'   of the sampling; of several, the best rewarded
-  --data.max_new_tokens N  longest answer (64)
+  --data.max_new_tokens N  longest answer (64); one that is cut there is not picked
   --data.epochs X          and batch_size, sequence_length, validation_fraction
   --model.peak_lr X        and warmup, weight_decay, clip_norm, separate
   --prompts 'Hello'        what to answer at the end, or '["Hello", "Who?"]'
