@@ -533,6 +533,7 @@ def test_what_is_sampled_is_read_as_it_was_written(tmp_path: Path) -> None:
                 "limit_train_batches",
             )
         ),
+        ("sft", ["--config=reward"], ["'reward' is one for llama2-lite reward, not "]),
         ("sft", ["--seed=-1"], ["seed must be a whole number from 0", "but is -1"]),
         ("sft", ["--start={helpful}"], ["holds a reward model; a language model"]),
         ("ppo", ["--model.safety={start}"], ["holds a language model; a reward model"]),

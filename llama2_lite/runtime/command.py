@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from llama2_lite.pretraining import best_precision
 from llama2_lite.runtime.artifacts import write_json
 from llama2_lite.runtime.configs import (
+    CONFIGS,
     Seed,
     check_ranges,
     explain,
@@ -29,6 +30,7 @@ from llama2_lite.runtime.progress import TrainingProgress, make_console
 from llama2_lite.runtime.stopping import Watch
 from llama2_lite.runtime.strategy import divide
 from llama2_lite.runtime.training import TRAINER_DEFAULTS, fit, trainer_parts
+from llama2_lite.runtime.usage import SUMMARIES
 from llama2_lite.scaling import Layout
 from llama2_lite.tokenizer import Tokenizer
 
@@ -98,7 +100,7 @@ class TrainingCommand(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and turn each error into one that names the key and its neighbours."""
         try:
-            self.config = parser.parse_args(with_config_paths(args))
+            self.config = parser.parse_args(with_config_paths(args, self.name))
         except Exception as error:
             raise ValueError(explain(str(error), parser)) from None
 
@@ -213,10 +215,14 @@ def as_texts(key: str, value: str | list[str]) -> list[str]:
     return as_list(value)
 
 
-def with_config_paths(arguments: list[str]) -> list[str]:
+def with_config_paths(arguments: list[str], command: str) -> list[str]:
     """Arguments with each ``--config NAME`` as a path to a readable file, in front.
 
     So a key on the command line counts, wherever it stands.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_config` and `read_yaml`, or if it is
+            the one that comes with the package for another command.
     """
     configs: list[str] = []
     others: list[str] = []
@@ -227,6 +233,11 @@ def with_config_paths(arguments: list[str]) -> list[str]:
             others.append(argument)
             continue
         path = find_config(name)
+        if path.parent == CONFIGS and path.stem in SUMMARIES and path.stem != command:
+            raise ValueError(
+                f"the configuration {name!r} is one for llama2-lite {path.stem}, not "
+                f"for {command}; copy what you need of it into a file of your own"
+            )
         if read_yaml(path):
             configs.append(f"--config={path}")
     return configs + others
