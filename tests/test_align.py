@@ -215,7 +215,7 @@ def test_prompts_without_an_answer_are_counted(
     assert main(arguments(world, "reject", folder)) == 0
     assert json.loads((folder / "result.json").read_text())["unanswered"] == 1
     said = capfd.readouterr().out
-    assert said.endswith("prompts left out, as no answer to them ended: 1\n")
+    assert said.endswith("prompts without an answer of an end and content: 1\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

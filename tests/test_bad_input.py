@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import SIZES, pretrain, text  # noqa: F401
 
 from llama2_lite.runtime.cli import main
+from llama2_lite.runtime.command import with_config_paths
 from llama2_lite.tokenizer import train_tokenizer
 
 
@@ -131,6 +132,12 @@ def test_bad_configuration_files(tmp_path, fails, content, words):
     sentence = fails("pretrain", f"--output={tmp_path}/run", f"--config={path}", *SIZES)
     assert all(word in sentence for word in words), sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_configuration_has_no_settings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("# nothing yet\n")
+    assert with_config_paths([f"--config={path}", "--seed=1"], "sft") == ["--seed=1"]
 
 
 def test_a_damaged_shard_is_named(tmp_path, text, finished, fails):  # noqa: F811

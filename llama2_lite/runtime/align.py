@@ -225,7 +225,7 @@ class RejectionCommand(SupervisedCommand):
         """Say also what was asked and what was chosen in vain."""
         super().finish(folder)
         if unanswered := self.datamodule.counts["unanswered"]:
-            print(f"prompts left out, as no answer to them ended: {unanswered:,}")
+            print(f"prompts without an answer of an end and content: {unanswered:,}")
         if too_long := self.datamodule.counts["too_long"]:
             longest = self.datamodule.sequence_length
             print(f"best answers left out, longer than {longest} tokens: {too_long:,}")
