@@ -64,7 +64,7 @@ from llama2_lite.runtime.training import (
 from llama2_lite.tokenizer import Tokenizer
 from llama2_lite.town import build_town
 
-BATCH, MINIBATCH, PROMPT, ANSWER, LR = 128, 64, 32, 48, 1e-5
+BATCH, MINIBATCH, PROMPT, ANSWER, LR = 128, 64, 32, 64, 1e-5  # the tour's, but LR
 
 
 class FixedLength(PPOModule):
