@@ -22,7 +22,12 @@ from llama2_lite.runtime.versions import make_rounds
 from llama2_lite.tokenizer import Tokenizer
 
 N_ROUNDS = 5
-SEEDS = {"fresh": [0, 1, 2], "scalar": [0, 1], "stale": [0, 1]}  # of each arm
+SEEDS = {  # of each arm
+    "fresh": [0, 1, 2],
+    "scalar": [0, 1],
+    "stale": [0, 1],
+    "stale scalar": [0, 1],
+}
 MODULES = [
     *("town", "layers", "attention", "model", "generation", "pretraining"),
     *("chat", "sft", "reward", "rejection", "ppo", "rlhf"),
@@ -65,10 +70,15 @@ class Scalar(Rounds):
         return learned
 
 
+class StaleScalar(Stale, Scalar):
+    """Both: a scalar head of the first round, for ever."""
+
+
 ARMS: dict[str, type[Rounds]] = {
     "fresh": Rounds,
     "scalar": Scalar,
     "stale": Stale,
+    "stale scalar": StaleScalar,
 }
 FIRST = ("pairs1", "helpfulness1", "safety1", "picks1", "v1", "general")
 
@@ -93,7 +103,8 @@ class Alone(AlignmentStages):
 
 def run(arm: str, folder: Path, start: Artifact, seed: int) -> dict[str, Any]:
     """One run of all rounds; what another arm has made of round 1 serves this one."""
-    here, first = folder / arm.replace(" ", "-"), folder / "fresh"
+    here = folder / arm.replace(" ", "-")
+    first = folder / ("scalar" if arm == "stale scalar" else "fresh")
     for name in FIRST:
         if (first / name).is_dir() and not (here / name).exists():
             shutil.copytree(first / name, here / name)

@@ -3,12 +3,13 @@
 import csv
 import math
 import socket
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
@@ -384,6 +385,37 @@ def test_divergence_from_the_reference_costs(module, folder):
     torch.testing.assert_close(rollout.rewards[mask], penalty[mask])
 
 
+def test_what_is_logged_is_of_answer_tokens_alone(module, folder):
+    for parameter in module.model.parameters():
+        parameter.data *= 1.3
+    rollout = module.collect(make_prompts(folder), seed=5)
+    wide = {
+        field.name: F.pad(value, (0, 9))
+        for field in fields(rollout)
+        if (value := getattr(rollout, field.name)).ndim == 2
+    }
+    wider = replace(rollout, **wide)
+    found: list[dict[str, Tensor]] = []
+    module.log_dict = found.append
+    for one in (rollout, wider):
+        module.log_iteration(one, torch.zeros(4))
+    rows = list(zip(rollout.logprobs, rollout.reference_logprobs, strict=True))
+    each = [
+        [(a - b).double()[mask].sum(), a.double()[mask].sum(), mask.sum()]
+        for (a, b), mask in zip(rows, rollout.response_mask, strict=True)
+    ]
+    divergence, logprobs, tokens = torch.tensor(each).double().sum(0)
+    assert abs(divergence) > 0.1
+    expected = {
+        "kl": divergence / len(rows),
+        "entropy": -logprobs / tokens,
+        "answer_tokens": tokens / len(rows),
+    }
+    for logged in found:
+        for name, value in expected.items():
+            torch.testing.assert_close(logged[name].double(), value, rtol=1e-4, atol=0)
+
+
 def test_padding_and_neighbours_change_nothing(module, folder):
     prompts = make_prompts(folder)
     rollout = module.collect(prompts, seed=5)
@@ -595,16 +627,18 @@ def final_state(module):
 def test_reward_rises_and_the_reference_stays(folder, tmp_path):
     class Watch(Callback):
         def __init__(self):
-            self.rewards = []
+            self.rewards, self.divergences = [], []
 
         def on_train_batch_end(self, trainer, module, *rest):
             self.rewards.append(float(trainer.callback_metrics["reward"]))
+            self.divergences.append(float(trainer.callback_metrics["kl"]))
 
     watch = Watch()
     sizes = {"iterations": 5, "batch_size": 60, "minibatch_size": 20}
     trainer, module, _ = train(folder, tmp_path, [watch], lr=3e-3, **sizes)
     assert trainer.global_step == 5 == len(watch.rewards)
     assert watch.rewards[-1] > watch.rewards[0] + 5
+    assert watch.divergences[0] == 0 < watch.divergences[-1]
     start = Llama.from_pretrained(folder)
     for name, tensor in module.frozen[0].state_dict().items():
         assert torch.equal(tensor, start.state_dict()[name])
