@@ -145,13 +145,15 @@ def studies(root: Path) -> list[Path]:
 def stale_studies(root: Path) -> list[str]:
     """Stored studies that were made by other code or another script than is there now.
 
-    They are named and no more: to repeat them takes hours.
+    They are named and no more: to repeat them takes hours. Those beside the benchmarks
+    count too, where they record their code.
     """
     sys.path.insert(0, str(root))
     from llama2_lite.runtime.artifacts import code_hash, script_hash
 
     found = []
-    for path in studies(root):
+    beside = sorted((root / "benchmarks" / "results").glob("*.json"))
+    for path in [*studies(root), *beside]:
         where = path.relative_to(root)
         record = json.loads(path.read_text(encoding="utf-8"))
         if STUDY - record.keys():

@@ -621,12 +621,12 @@ class AlignmentStages:
         return made
 
     def _accuracy(self, axis: str) -> dict[str, Share]:
-        """How many held-out pairs a reward model ranks right, by level."""
+        """How many held-out pairs a reward model ranks right, by level that occurs."""
         pairs = self.read_pairs(f"held_out_{axis}")
         model = RewardModel.from_pretrained(self.reward(axis).path)
         scores = score_pairs(model, self.tokenizer(), pairs)
         counts = count_right(*scores, [pair.level for pair in pairs])
-        return {level: share(*counts[level]) for level in LEVELS}
+        return {level: share(*counts[level]) for level in LEVELS if level in counts}
 
 
 def read_pairs(artifacts: Sequence[Artifact], name: str) -> list[Preference]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama2_lite.runtime.judge import share
+from llama2_lite.town import LEVELS
 
 WINS_AND_TIES = "against the stage sft: wins of wins and losses, ties of all answers"
 
@@ -32,9 +33,9 @@ def print_gains(report: dict[str, Any], seconds: dict[str, float]) -> None:
     table.add_column("level")
     for axis in report["accuracy"]:
         table.add_column(f"{axis} ({seconds[axis] / 60:.1f} minutes)", justify="right")
-    for level in next(iter(report["accuracy"].values())):
-        row = [by_level[level] for by_level in report["accuracy"].values()]
-        table.add_row(level, *map(write_share, row))
+    for level in LEVELS:
+        row = [by_level.get(level) for by_level in report["accuracy"].values()]
+        table.add_row(level, *(write_share(x) if x else "no pairs" for x in row))
     console.print(table)
     before, after = report["adherence"].values()
     table = Table(title="answers that obey what the model was told once, in %")
