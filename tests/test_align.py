@@ -340,6 +340,44 @@ def test_bad_samples_are_named_or_dropped_and_counted(
 LONG = RECORDS[0] | {"chosen": "It is 2. " * 99}
 
 
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+BAD_RECORDS = {
+    "no common prompt": (
+        "reward",
+        {
+            side: f"\n\nHuman: {side}?\n\nAssistant: a"
+            for side in ("chosen", "rejected")
+        },
+    ),
+    "take turns": ("sft", {"dialog": [USER, USER, ANSWER]}),
+    "ends with a question": ("sft", {"dialog": [USER, ANSWER, USER]}),
+    "the context of 64": (
+        "sft",
+        {"dialog": [USER, ANSWER | {"content": "and so on " * 60}]},
+    ),
+    "(user) is empty": ("reject", {"prompt": ""}),
+    "message 1 (user) is empty": ("ppo", {"prompt": " "}),
+}
+
+
+@pytest.mark.parametrize("words", BAD_RECORDS)
+def test_bad_records_of_a_command_are_named_or_dropped_and_counted(
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails, capfd, words: str
+) -> None:
+    name, record = BAD_RECORDS[words]
+    lines = [*RECORDS[:30], record]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    run = arguments(world, name, tmp_path / "run")
+    run = [*run, f"--data.files={path}"]
+    error = fails(*run)
+    assert f"{path}, line 31" in error
+    assert words in error
+    assert not (tmp_path / "run" / "model").exists()
+    assert main([*run, "--skip-bad"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["dropped"] == 1
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
