@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import yaml
+from tiny_tour import BASE, shrink
 from tiny_training import KILLED, in_process
 
 from llama2_lite.runtime import alignment
@@ -106,38 +107,17 @@ def test_tables(capsys):
 
 # The whole tour in small
 
-BASE = {
-    "documents": 1500,
-    "validation_documents": 200,
-    "vocab_size": 400,
-    "model": "town-small",
-    "model_overrides": {"dim": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 512},
-    "max_steps": 12,
-    "peak_lr": 4e-3,
-    "warmup": 2,
-    "lengths": [[0.75, 32, 4], [0.25, 128, 1]],
-    "validate_every": 6,
-    "checkpoint_every": 4,
-}
 STAGES = ["sft", "helpfulness", "safety", "rejection", "ppo", "chat"]
 
 
 def in_small() -> dict:
     recipe = yaml.safe_load(find_config("alignment").read_text())
     recipe["sft"]["demonstrations"] = 1000
-    recipe["preferences"] |= {
-        "helpful_requests": 30,
-        "safety_requests": 30,
-        "written": 20,
-        "refusals": 10,
-        "held_out_requests": 40,
-    }
+    shrink(recipe)
     for how in recipe["reward"].values():
         how["batch_size"] = 8
-    recipe["rejection"] |= {"requests": 40, "batch_size": 8}
-    recipe["ppo"] |= {"iterations": 5, "batch_size": 16, "requests": 64}
+    recipe["ppo"]["iterations"] = 5
     recipe["ppo"]["held_out_requests"] = 16
-    recipe["ppo"]["settings"] |= {"minibatch_size": 8, "max_new_tokens": 48}
     recipe["chat"] |= {
         "dialogs": [[60, 1], [40, 4]],
         "plain": 0.8,  # so small a model obeys nothing

@@ -11,6 +11,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tour import BASE, shrink
 from tiny_training import KILLED, in_process
 
 from llama2_lite.reward import Preference
@@ -152,36 +153,11 @@ def test_a_histogram_counts_every_score_once(scores):
 
 # Two rounds on the town
 
-BASE = {
-    "documents": 1500,
-    "validation_documents": 200,
-    "vocab_size": 400,
-    "model": "town-small",
-    "model_overrides": {"dim": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 512},
-    "max_steps": 12,
-    "peak_lr": 4e-3,
-    "warmup": 2,
-    "lengths": [[0.75, 32, 4], [0.25, 128, 1]],
-    "validate_every": 6,
-    "checkpoint_every": 4,
-}
-
 
 def tiny_rounds() -> dict:
     recipe = yaml.safe_load(find_config("rounds").read_text())
     recipe |= {"all_from": 2, "ppo_from": 2, "general": {"requests": 40, "written": 20}}
-    recipe["preferences"] |= {
-        "helpful_requests": 30,
-        "safety_requests": 30,
-        "written": 20,
-        "refusals": 10,
-        "held_out_requests": 40,
-    }
-    for how in recipe["reward"].values():
-        how["batch_size"] = 16
-    recipe["rejection"] |= {"requests": 40, "batch_size": 8}
-    recipe["ppo"] |= {"iterations": 2, "batch_size": 16, "requests": 64}
-    recipe["ppo"]["settings"] |= {"minibatch_size": 8, "max_new_tokens": 48}
+    shrink(recipe)
     return recipe
 
 

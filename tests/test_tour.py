@@ -8,23 +8,12 @@ import signal
 
 import pytest
 import yaml
+from tiny_tour import BASE
 from tiny_training import KILLED, in_process
 
 from llama2_lite.runtime.cli import main
 
-TINY = {
-    "documents": 1500,
-    "validation_documents": 200,
-    "vocab_size": 400,
-    "model": "town-small",
-    "model_overrides": {"dim": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 128},
-    "max_steps": 12,
-    "peak_lr": 4e-3,
-    "warmup": 2,
-    "lengths": [[0.75, 32, 4], [0.25, 128, 1]],
-    "validate_every": 6,
-    "checkpoint_every": 4,
-}
+TINY = BASE | {"model_overrides": BASE["model_overrides"] | {"max_seq_len": 128}}
 
 
 @pytest.fixture(scope="module")
