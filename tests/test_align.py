@@ -362,7 +362,7 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize("words", BAD_RECORDS)
 def test_bad_records_of_a_command_are_named_or_dropped_and_counted(
-    finished: dict[str, Path], world: Path, tmp_path: Path, fails, capfd, words: str
+    finished: dict[str, Path], world: Path, tmp_path: Path, fails, words: str
 ) -> None:
     name, record = BAD_RECORDS[words]
     lines = [*RECORDS[:30], record]
@@ -889,7 +889,7 @@ def test_chat_obeys_commands_and_refuses_tags(world: Path, capfd) -> None:
     shown.clear()
     talk(conversation, ["Hi " * 60, "/reset", "/help", "/quit", "never"], shown.append)
     text = "".join(shown)
-    assert "no room in the context is 64; shorten it, or begin anew" in text
+    assert "no room in the context of 64; shorten it, or begin anew" in text
     assert "/system TEXT" in text
     assert len(conversation.dialog) == 1
 
@@ -898,7 +898,7 @@ def test_a_system_message_without_room_is_refused_at_once(world: Path) -> None:
     shown: list[str] = []
     conversation = Conversation(*open_model(world / "start"), system="Be kind.")
     talk(conversation, [f"/system {'Hi ' * 60}"], shown.append)
-    assert "no room in the context is 64; shorten the system message" in shown[0]
+    assert "no room in the context of 64; shorten the system message" in shown[0]
     assert conversation.dialog == [{"role": "system", "content": "Be kind."}]
 
 
